@@ -1,0 +1,177 @@
+"""A model folder in, a transformers model with QuantLinear out; tensor by tensor, never the 16-bit model of a 4-bit one."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qzo.errors import BadInput
+from qzo.model.files import Folder
+from qzo.model.gptq_format import GptqConfig, read_config, read_layer
+from qzo.model.linear import QuantLinear, Scratch
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class LoadedModel:
+    """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization."""
+
+    model: nn.Module
+    folder: Folder
+    config: GptqConfig | None
+    layers: dict[str, QuantLinear]
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder)
+
+
+def pick_device(device: str) -> torch.device:
+    """auto | cpu | cuda -> the device. Raises BadInput for cuda where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device", "cuda", "a CUDA device that PyTorch sees", "Use device=cpu, or see `qzo doctor`.")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto is bf16 on a GPU and on CPUs that multiply it natively, else fp32."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_tokenizer(folder: Folder) -> Any:
+    """The folder's tokenizer. Raises BadInput when it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    if not any(folder.path.glob("tokenizer*")) and not any(folder.path.glob("vocab*")):
+        raise BadInput(str(folder.path), "no tokenizer files", "tokenizer.json beside the weights",
+                       "Copy the tokenizer's files of the original model into the folder.")  # fmt: skip
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder.path}, tokenizer", str(error).splitlines()[0], "a transformers tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    return tokenizer
+
+
+def skeleton(folder: Folder) -> nn.Module:
+    """The transformers model of a folder, its parameters on meta. Raises BadInput for a family not supported."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = folder.config.get("model_type")
+    if family not in FAMILIES:
+        raise BadInput(f"{folder.path}/config.json", f"model_type {family!r}", f"one of {', '.join(FAMILIES)}",
+                       "This version does not know the modules of other models.")  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(folder.path)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+        raise BadInput(f"{folder.path}/config.json", str(error).splitlines()[0], "a config of transformers") from error
+    return model.eval().requires_grad_(False)
+
+
+def _computed_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies): transformers computes them when it initializes a module."""
+    for module in model.modules():
+        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        if any(module._buffers[n].is_meta for n in names):
+            for name in names:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            model._init_weights(module)
+            for name in names:
+                module._buffers[name] = module._buffers[name].to(device)
+
+
+def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "") -> None:
+    """Read the parameters below `prefix` that are still on meta. Raises BadInput for missing or misshapen tensors."""
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    for module_name, module in model.named_modules():
+        if not f"{module_name}.".startswith(prefix) or isinstance(module, QuantLinear) or module is tied:
+            continue
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is None or not old.is_meta or name in module._non_persistent_buffers_set:
+                    continue
+                full = f"{module_name}.{name}"
+                value = folder.read(full)
+                if value.shape != old.shape:
+                    raise BadInput(f"{folder.path}, {full}", f"shape {list(value.shape)}", f"{list(old.shape)}")
+                value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+                store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
+    if tied is not None:
+        tied.weight = model.get_input_embeddings().weight
+
+
+def release(module: nn.Module) -> None:
+    """Give a module's memory back: its parameters return to meta."""
+    module.to("meta")
+
+
+def _swap_quantized(
+    model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, QuantLinear]:
+    scratch, layers = Scratch(), {}
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in linears:
+        if f"{name}.qweight" not in folder:
+            continue
+        rows, cols = module.out_features, module.in_features
+        tensors = read_layer(folder, name, config, rows, cols)
+        expanded = tensors.zeros.stride() == (0, 0)
+        for key in ("codes", "scales", "perm"):
+            value = getattr(tensors, key)
+            setattr(tensors, key, None if value is None else value.to(device))
+        tensors.zeros = tensors.zeros[:1, :1].to(device).expand_as(tensors.scales) if expanded else tensors.zeros.to(device)
+        bias = None
+        if f"{name}.bias" in folder:
+            stored = folder.read(f"{name}.bias")
+            if tuple(stored.shape) != (rows,):
+                raise BadInput(f"{folder.path}, {name}.bias", f"shape {list(stored.shape)}", f"[{rows}]")
+            # Some packers write a bias of zeros for layers that have none.
+            if module.bias is not None or bool(stored.any()):
+                bias = stored.to(device, dtype, copy=True)
+        layer = QuantLinear(name, tensors, config.bits, config.group(cols), cols, bias, scratch)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        layers[name] = layer
+    if not layers:
+        raise BadInput(str(folder.path), "a quantization config and no quantized tensor", "qweight, qzeros, scales")
+    return layers
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
+
+    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32).
+    Raises BadInput for what cannot be read, by name.
+    """
+    folder = Folder(name)
+    config = read_config(folder)
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    model = skeleton(folder)
+    layers = _swap_quantized(model, folder, config, where, kind) if config else {}
+    fill(model, folder, where, kind)
+    _computed_buffers(model, where)
+    left = [n for n, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
+    model.config.use_cache = False
+    return LoadedModel(model, folder, config, layers, where, kind)
