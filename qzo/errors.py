@@ -29,3 +29,11 @@ class OutOfMemory(QzoError):
     """The device's memory does not suffice (exit code 3)."""
 
     exit_code = 3
+
+
+class Interrupted(QzoError):
+    """Stopped by a signal after what was learned has been written (exit code 128 + signal)."""
+
+    def __init__(self, where: str, signal: int, do: str = ""):
+        super().__init__(where, "interrupted", do=do)
+        self.exit_code = 128 + signal

@@ -49,10 +49,7 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [N, K] under `scales` fp32 [N, G], its columns in the sorted order of `perm`."""
-        if out is None:
-            out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scales.device)
-        ops.dequantize(self.codes, scales, self.zeros, self.bits, self.group_size, out)
-        return out
+        return ops.dequantize(self.codes, scales, self.zeros, self.bits, self.group_size, self.in_features, dtype, out)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] under the stored scales, its columns in the order of the model's channels."""

@@ -1,0 +1,141 @@
+"""A 16-bit model folder in, a GPTQ checkpoint out."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qzo.errors import BadInput, OutOfMemory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qzo.model.files import Folder
+    from qzo.model.gptq_format import GptqConfig
+    from qzo.model.save import FolderWriter
+
+METHODS = ("gptq", "rtn")
+FORMATS = ("gptq", "gptq_v2")
+
+
+def quantize(
+    model: str, out: str | Path, method: str = "gptq", bits: int = 4, group_size: int = 128, sym: bool = True,
+    desc_act: bool = False, format: str = "gptq", calibration: str | None = None, samples: int = 128,
+    max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None,
+) -> dict:  # fmt: skip
+    """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
+
+    One layer at a time is in memory. GPTQ reads `samples` windows of `max_length` tokens (at most the model's
+    context) from `calibration`; rtn needs none. `progress(done, total, text)` is called after each set of Linears.
+    Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error}: the relative error of the Linears' outputs on
+    the calibration inputs, of their weights for rtn. Raises BadInput for what cannot be quantized, before any work.
+    """
+    import torch
+
+    from qzo.model.files import Folder
+    from qzo.model.load import load_tokenizer, pick_device, pick_dtype, skeleton
+    from qzo.model.save import FolderWriter
+    from qzo.quantize.calibration import load_windows
+    from qzo.quantize.walk import Walk
+
+    begin = time.monotonic()
+    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length)
+    folder = Folder(model)
+    where = pick_device(device)
+    network = skeleton(folder)
+    names = _check_model(folder, network, config)
+    windows = None
+    if method == "gptq":
+        length = min(max_length, getattr(network.config, "max_position_embeddings", max_length))
+        windows = load_windows(calibration, load_tokenizer(folder), samples, length, network.config.vocab_size)
+    writer = FolderWriter(out)
+    errors: list[float] = []
+
+    def report(done: list[str], error: float) -> None:
+        errors.extend([error] * len(done))
+        if progress:
+            progress(len(errors), len(names), f"{', '.join(done)}: error {error:.4f}")
+
+    try:
+        Walk(network, folder, config, where, pick_dtype("auto", where)).run(windows, writer, report)
+        _copy_rest(folder, network, names, writer)
+        folder.copy_side_files(writer.partial)
+        document = config.to_dict()
+        path = writer.finish({**folder.config, "quantization_config": document}, {"quantize_config.json": document})
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("quantize", str(error).splitlines()[0], "", "Use device=cpu, or a smaller max_length.") from error
+    finally:
+        shutil.rmtree(writer.partial, ignore_errors=True)
+    return {
+        "linears": len(names), "seconds": time.monotonic() - begin,
+        "bytes_before": _weight_bytes(folder.path), "bytes_after": _weight_bytes(path),
+        "mean_relative_error": sum(errors) / len(errors),
+    }  # fmt: skip
+
+
+def _settings(
+    method: str, bits: int, group_size: int, sym: bool, desc_act: bool, format: str,
+    calibration: str | None, samples: int, max_length: int,
+) -> "GptqConfig":  # fmt: skip
+    from qzo.model.gptq_format import BITS, GptqConfig
+
+    wrong = None
+    if method not in METHODS:
+        wrong = ("method", method, " or ".join(METHODS))
+    elif bits not in BITS:
+        wrong = ("bits", str(bits), "2, 3, 4 or 8")
+    elif group_size != -1 and group_size < 1:
+        wrong = ("group_size", str(group_size), "a positive whole number, or -1 for whole rows")
+    elif format not in FORMATS:
+        wrong = ("format", format, " or ".join(FORMATS))
+    elif samples < 1 or max_length < 2:
+        wrong = ("samples, max_length", f"{samples}, {max_length}", "at least 1 window of at least 2 tokens")
+    if wrong:
+        raise BadInput(*wrong)
+    if method == "gptq" and calibration is None:
+        raise BadInput("calibration", "none", "text for method gptq", "Give --calibration FILE, or --method rtn.")
+    if method == "rtn" and desc_act:
+        raise BadInput("desc_act", "true with method rtn", "method gptq: the order comes from its calibration")
+    return GptqConfig(bits, group_size, sym, desc_act, format)
+
+
+def _check_model(folder: "Folder", network: "nn.Module", config: "GptqConfig") -> list[str]:
+    """The full names of the Linears to quantize. Raises BadInput for what the quantizer or the format does not take."""
+    from torch import nn
+
+    from qzo.model.gptq_format import read_config
+    from qzo.quantize.walk import decoder_layers
+
+    if read_config(folder) is not None:
+        raise BadInput(str(folder.path), "already quantized", "a 16-bit model", "Quantize the model that it was made from.")
+    names = []
+    for name, module in decoder_layers(network)[1].named_modules(prefix=decoder_layers(network)[0]):
+        if isinstance(module, nn.Linear):
+            names.append(name)
+            sizes = (module.out_features, module.in_features)
+            if config.bits == 3 and any(size % 32 for size in sizes):
+                raise BadInput(name, f"a weight of {sizes[0]}×{sizes[1]}", "multiples of 32 at 3 bits (3 words hold 32 codes)",
+                               "Use 2, 4 or 8 bits.")  # fmt: skip
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            raise BadInput(name, f"weights in a {type(module).__name__}", "decoder layers whose weights are in Linears")
+    for name, parameter in network.named_parameters():
+        if name not in folder:
+            raise BadInput(str(folder.path), f"no tensor {name}", "every tensor of the model", "The checkpoint is incomplete.")
+        if folder.shape(name) != tuple(parameter.shape):
+            raise BadInput(f"{folder.path}, {name}", f"shape {list(folder.shape(name))}", f"{list(parameter.shape)}")
+    return names
+
+
+def _copy_rest(folder: "Folder", network: "nn.Module", quantized: list[str], writer: "FolderWriter") -> None:
+    """Every other tensor under the model's own name for it, in its own dtype."""
+    known = network.state_dict().keys()
+    done = {f"{name}.weight" for name in quantized}
+    for stored in folder.tensors:
+        name = f"model.{stored}" if stored not in known and f"model.{stored}" in known else stored
+        if name not in done:
+            writer.add(name, folder.read(stored))
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -1,0 +1,47 @@
+"""What moves. Every target has the contract `Target`; each is one file."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from qzo.zo.noise import Variant
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One 2-D tensor that moves: shape [rows, cols], `uid` of its noise, `floor` that its values never go below."""
+
+    name: str
+    uid: int
+    shape: tuple[int, int]
+    floor: float
+
+
+class Target(Protocol):
+    """`eps` and `lr` are in the target's own units: absolute, or relative to the value."""
+
+    name: str
+    eps: float
+    lr: float
+    relative: bool
+    gaussian: bool
+
+    def parameters(self) -> list[torch.nn.Parameter]: ...
+
+    def info(self) -> list[TensorInfo]: ...
+
+    def entered(self, variants: list[Variant]) -> AbstractContextManager[None]:
+        """Inside it a forward sees the effective weights of these variants; no stored tensor is written."""
+        ...
+
+    def apply(self, state: torch.Tensor, coefs: torch.Tensor) -> None:
+        """w <- w - sum_i coefs[s, i] z_i for S steps in one pass. state int64 [2] = (seed, first step), coefs fp32 [S, D]."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything a resume needs, by tensor name."""
+        ...
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None: ...

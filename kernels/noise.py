@@ -1,0 +1,68 @@
+"""Noise version 1 as Triton device functions: the integer bits of reference.py, for tiles of a [rows, cols] tensor.
+
+Rows and columns are those of the whole tensor; `seed` int64, `step`, `direction` and `uid` any integer type.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def words(seed, block, uid, step, direction, stream: tl.constexpr):
+    """Four uint32 words per element of `block`: Philox4x32-10."""
+    # tl.philox turns into a 64-bit generator when its first counter is int64, and bitcasts the others: cast them all.
+    c1 = tl.to_tensor(uid).to(tl.uint32)
+    c2 = tl.to_tensor(step).to(tl.uint32)
+    c3 = (tl.to_tensor(direction) * 8 + stream).to(tl.uint32)
+    return tl.philox(seed, block.to(tl.uint32), c1, c2, c3)
+
+
+@triton.jit
+def rademacher(seed, step, direction, uid, row, first, cols, WIDTH: tl.constexpr):
+    """f32 [len(row), WIDTH] of ±1 for columns first … first + WIDTH − 1, all within one block of 128 columns."""
+    w0, w1, w2, w3 = words(seed, row * tl.cdiv(cols, 128) + first // 128, uid, step, direction, 0)
+    j = first % 128 + tl.arange(0, WIDTH)[None, :]
+    low = tl.where(j < 32, w0[:, None], w1[:, None])
+    high = tl.where(j < 96, w2[:, None], w3[:, None])
+    bit = (tl.where(j < 64, low, high) >> (j % 32).to(tl.uint32)) & 1
+    return bit.to(tl.float32) * 2 - 1
+
+
+@triton.jit
+def gaussian(seed, step, direction, uid, row, first, cols, WIDTH: tl.constexpr):
+    """f32 [len(row), WIDTH] of N(0, 1) for columns first … first + WIDTH − 1; `first` and WIDTH are multiples of 4."""
+    four = first // 4 + tl.arange(0, WIDTH // 4)
+    block = row[:, None] * tl.cdiv(cols, 4) + four[None, :]
+    w0, w1, w2, w3 = words(seed, block, uid, step, direction, 0)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (row.shape[0], WIDTH))
+
+
+@triton.jit
+def _box_muller(w, v):
+    u1 = ((w >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
+    angle = (v >> 8).to(tl.float32) * 5.9604644775390625e-08 * 6.283185307179586
+    radius = tl.sqrt_rn(-2.0 * tl.log(u1))
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def uniform24(seed, step, direction, uid, row, first, cols, stream: tl.constexpr, WIDTH: tl.constexpr):
+    """uint32 [len(row), WIDTH], uniform in [0, 2²⁴), for columns first … first + WIDTH − 1; both multiples of 4."""
+    four = first // 4 + tl.arange(0, WIDTH // 4)
+    block = row[:, None] * tl.cdiv(cols, 4) + four[None, :]
+    w0, w1, w2, w3 = words(seed, block, uid, step, direction, stream)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (row.shape[0], WIDTH)) >> 8
+
+
+@triton.jit
+def integer_normal(p_table, seed, step, direction, uid, row, first, cols, WIDTH: tl.constexpr):
+    """int16 [len(row), WIDTH] from `reference.normal_table()` at `p_table`; `first` and WIDTH are multiples of 8."""
+    eight = first // 8 + tl.arange(0, WIDTH // 8)
+    block = row[:, None] * tl.cdiv(cols, 8) + eight[None, :]
+    w0, w1, w2, w3 = words(seed, block, uid, step, direction, 0)
+    # Joined in this order, the last axes read word 0, 1, 2, 3 and, within a word, its low half first.
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    return tl.load(p_table + tl.reshape(tl.join(low, high), (row.shape[0], WIDTH)).to(tl.int32))

@@ -1,0 +1,112 @@
+"""Triton kernels of `perturb` and `update_`: one pass over f32 [rows, cols], the noise made in registers.
+
+Compiled without floating-point contraction, so that with Rademacher z every device computes the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qzo_kernels import noise
+
+_TILE = 4096  # elements per program; frozen like every launch setting: nothing is chosen by timing in a run
+
+
+@triton.jit
+def _place(rows, cols, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """(row [ROWS] int64, first column, offsets [ROWS, WIDTH] int64, mask) of this program's tile."""
+    across = tl.cdiv(cols, WIDTH)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % across * WIDTH
+    col = first + tl.arange(0, WIDTH)
+    return row, first, row[:, None] * cols + col[None, :], (row < rows)[:, None] & (col < cols)[None, :]
+
+
+@triton.jit
+def _noise(seed, step, direction, uid, row, first, cols, GAUSSIAN: tl.constexpr, WIDTH: tl.constexpr):
+    if GAUSSIAN:
+        z = noise.gaussian(seed, step, direction, uid, row, first, cols, WIDTH)
+    else:
+        z = noise.rademacher(seed, step, direction, uid, row, first, cols, WIDTH)
+    return z
+
+
+@triton.jit(do_not_specialize=["uid"])
+def _perturb_kernel(
+    p_out, p_values, p_state, p_eps, rows, cols, uid, floor,
+    RELATIVE: tl.constexpr, GAUSSIAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    row, first, offsets, mask = _place(rows, cols, ROWS, WIDTH)
+    v = tl.load(p_values + offsets, mask=mask)
+    eps = tl.load(p_eps)
+    z = _noise(tl.load(p_state), tl.load(p_state + 1), tl.load(p_state + 2), uid, row, first, cols, GAUSSIAN, WIDTH)
+    if RELATIVE:
+        moved = v * (1.0 + eps * z)
+    else:
+        moved = v + eps * z
+    # Not tl.maximum, which would turn a NaN into the floor.
+    moved = tl.where(moved < floor, floor, moved)
+    tl.store(p_out + offsets, tl.where(eps == 0.0, v, moved), mask=mask)
+
+
+@triton.jit(do_not_specialize=["uid"])
+def _update_kernel(
+    p_values, p_state, p_coefs, rows, cols, uid, floor,
+    DIRECTIONS: tl.constexpr, RELATIVE: tl.constexpr, GAUSSIAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    row, first, offsets, mask = _place(rows, cols, ROWS, WIDTH)
+    v = tl.load(p_values + offsets, mask=mask)
+    seed = tl.load(p_state)
+    step = tl.load(p_state + 1)
+    c = tl.zeros((ROWS, WIDTH), tl.float32)
+    for direction in range(DIRECTIONS):
+        z = _noise(seed, step, direction, uid, row, first, cols, GAUSSIAN, WIDTH)
+        c += tl.load(p_coefs + direction) * z
+    if RELATIVE:
+        moved = v * (1.0 - c)
+    else:
+        moved = v - c
+    tl.store(p_values + offsets, tl.where(moved < floor, floor, moved), mask=mask)
+
+
+def _tiles(values: Tensor, gaussian: bool) -> tuple[int, int, int]:
+    """(rows per tile, columns per tile, tiles): a tile of Rademacher noise lies in one block of 128 columns."""
+    rows, cols = values.shape
+    width = min(512 if gaussian else 128, max(4, triton.next_power_of_2(cols)))
+    height = min(_TILE // width, triton.next_power_of_2(rows))
+    return height, width, triton.cdiv(rows, height) * triton.cdiv(cols, width)
+
+
+def _signed(uid: int) -> int:
+    """The same 32 bits as an int32: Triton types an argument by its value, and 2³¹ would compile a second kernel."""
+    return uid - (1 << 32) if uid >> 31 else uid
+
+
+def launch_perturb(
+    values: Tensor, state: Tensor, eps: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
+) -> Tensor:
+    """`reference.perturb` on the values' device; arguments as checked by ops.py."""
+    out = torch.empty_like(values)
+    height, width, tiles = _tiles(values, gaussian)
+    if tiles:
+        with torch.cuda.device_of(values):
+            _perturb_kernel[(tiles,)](
+                out, values, state, eps, *values.shape, _signed(uid), floor,
+                RELATIVE=relative, GAUSSIAN=gaussian, ROWS=height, WIDTH=width, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+def launch_update(
+    values: Tensor, state: Tensor, coefs: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
+) -> None:
+    """`reference.update_` on the values' device; arguments as checked by ops.py."""
+    height, width, tiles = _tiles(values, gaussian)
+    if tiles:
+        with torch.cuda.device_of(values):
+            _update_kernel[(tiles,)](
+                values, state, coefs, *values.shape, _signed(uid), floor,
+                DIRECTIONS=coefs.numel(), RELATIVE=relative, GAUSSIAN=gaussian, ROWS=height, WIDTH=width,
+                enable_fp_fusion=False,
+            )  # fmt: skip

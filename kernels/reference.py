@@ -1,0 +1,145 @@
+"""The kernels in plain PyTorch: the definition of correct, and the path of every device that is not CUDA.
+
+Noise version 1 (frozen; changing it breaks every journal). Philox4x32-10 (Salmon et al. 2011) with
+key = (low, high) words of an int64 seed and counter = (block, uid, step, direction·8 + stream).
+Streams: 0 direction, 1 and 2 stochastic roundings of a forward, 3 rounding of an update.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from qzo_kernels.pack import unpack_codes
+
+_WORD = 0xFFFFFFFF
+_CHUNK = 1 << 17  # elements dequantized at a time: the fp32 intermediate stays in the cache
+
+
+def philox(key, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10. `key` is an int64 seed; counters are int64 tensors (or ints) holding uint32; so are the four results."""
+    k0, k1 = key & _WORD, (key >> 32) & _WORD
+    for _ in range(10):
+        # The int64 product wraps, but its 64 bits are those of the unsigned product.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _words(shape, per_call: int, seed, step, direction, uid: int, stream: int, device) -> Tensor:
+    """Words int64 [rows, ceil(cols/per_call), 4] of a tensor whose rows draw `per_call` elements from one Philox call."""
+    rows, calls = shape[0], -(-shape[1] // per_call)
+    if rows * calls > 1 << 32:
+        raise ValueError(f"shape {tuple(shape)}: needs {rows * calls} noise blocks; the counter has 32 bits")
+    block = torch.arange(rows * calls, dtype=torch.int64, device=device)
+    return torch.stack(philox(seed, block, uid, step, direction * 8 + stream), dim=-1).view(rows, calls, 4)
+
+
+def rademacher(shape, seed, step, direction, uid: int, device="cpu") -> Tensor:
+    """f32 [rows, cols] of ±1, one Philox call per row and 128 columns: bit col % 128, least significant first; 1 → +1."""
+    rows, cols = shape
+    words = _words(shape, 128, seed, step, direction, uid, 0, device).view(rows, -1)[:, : (cols + 31) // 32]
+    shifts = torch.arange(32, dtype=torch.int64, device=device)
+    bits = ((words[:, :, None] >> shifts) & 1).reshape(rows, -1)[:, :cols]
+    return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def gaussian(shape, seed, step, direction, uid: int, device="cpu") -> Tensor:
+    """f32 [rows, cols] of N(0, 1): Box–Muller in fp32 on the word pairs (0, 1), (2, 3), four elements per Philox call.
+
+    u1 = ((w>>8)+1)·2⁻²⁴, u2 = (w'>>8)·2⁻²⁴; √(−2 ln u1)·cos 2πu2, then ·sin. The last bits may differ between devices.
+    """
+    rows, cols = shape
+    words = _words(shape, 4, seed, step, direction, uid, 0, device)
+    u1 = ((words[..., 0::2] >> 8) + 1).to(torch.float32) * 2.0**-24
+    angle = (words[..., 1::2] >> 8).to(torch.float32) * 2.0**-24 * (2 * math.pi)
+    radius = torch.sqrt(-2 * torch.log(u1))
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).view(rows, -1)[:, :cols]
+
+
+@functools.cache
+def normal_table() -> Tensor:
+    """The frozen table int16 [65536] of the integer normal: round(4096·Φ⁻¹((i + ½)/65536)); a test pins its checksum."""
+    u = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
+    return torch.round(4096 * torch.special.ndtri(u)).to(torch.int16)
+
+
+def integer_normal(shape, seed, step, direction, uid: int, device="cpu") -> Tensor:
+    """int16 [rows, cols] of 4096·N(0, 1) rounded: eight per Philox call, 16-bit halves in order, low half first."""
+    words = _words(shape, 8, seed, step, direction, uid, 0, device)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).view(shape[0], -1)[:, : shape[1]]
+    return normal_table().to(device)[halves]
+
+
+def uniform24(shape, seed, step, direction, uid: int, stream: int, device="cpu") -> Tensor:
+    """int64 [rows, cols] of uniform integers in [0, 2²⁴): the high 24 bits of a word, four elements per Philox call."""
+    return (_words(shape, 4, seed, step, direction, uid, stream, device) >> 8).view(shape[0], -1)[:, : shape[1]]
+
+
+def perturb(
+    values: Tensor, state: Tensor, eps: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
+) -> Tensor:
+    """The values a forward sees: f32 [R, C], max(v·(1 + ε z), floor) if `relative`, else max(v + ε z, floor).
+
+    values f32 [R, C]; state int64 [3] = (seed, step, direction); eps f32 [1], signed: 0 returns a copy of `values`.
+    The order of operations is fixed and without FMA: with Rademacher z every device computes the same bits.
+    """
+    if not eps.item():
+        return values.clone()
+    seed, step, direction = state.tolist()
+    noise = _noise(values, seed, step, direction, uid, gaussian).mul_(eps)
+    moved = values * noise.add_(1) if relative else values + noise
+    return moved.clamp_(min=floor)
+
+
+def update_(
+    values: Tensor, state: Tensor, coefs: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
+) -> None:
+    """Apply a step in place: c = Σ_i coefs[i]·z_i in direction order, fp32; max(v·(1 − c), floor) or max(v − c, floor).
+
+    values f32 [R, C]; state int64 [2] = (seed, step); coefs f32 [D]. Coefficients of 0 change no bit of values ≥ floor.
+    """
+    seed, step = state.tolist()
+    c = torch.zeros_like(values)
+    for direction, coef in enumerate(coefs.tolist()):
+        if coef:
+            c += _noise(values, seed, step, direction, uid, gaussian).mul_(coef)
+    if relative:
+        values.mul_(1 - c)
+    else:
+        values.sub_(c)
+    values.clamp_(min=floor)
+
+
+def _noise(like: Tensor, seed: int, step: int, direction: int, uid: int, is_gaussian: bool) -> Tensor:
+    return (gaussian if is_gaussian else rademacher)(like.shape, seed, step, direction, uid, like.device)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weights [N, cols] of `dtype`: scale·(q − zero) in fp32, rounded once. Column k is of group k // group_size.
+
+    codes int32 [N, packed_words(cols, bits)]; scales f32 [N, G] and zeros uint8 [N, G] (any strides),
+    G = ceil(cols/group_size); the last group may be partial. `out` [N, cols] of `dtype` is filled and returned if given.
+    """
+    rows, full = codes.shape[0], cols // group_size
+    out = torch.empty(rows, cols, dtype=dtype, device=codes.device) if out is None else out
+    chunk = max(1, _CHUNK // max(cols, 1))
+    buffer = torch.empty(min(chunk, rows), cols, dtype=torch.float32, device=codes.device)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        target = out[part]
+        w = target if dtype == torch.float32 else buffer[: target.shape[0]]
+        w.copy_(unpack_codes(codes[part], bits, cols))
+        if full:
+            grouped = w[:, : full * group_size].unflatten(1, (full, group_size))
+            grouped.sub_(zeros[part, :full, None]).mul_(scales[part, :full, None])
+        if full * group_size < cols:
+            w[:, full * group_size :].sub_(zeros[part, full:]).mul_(scales[part, full:])
+        if w is not target:
+            target.copy_(w)
+    return out

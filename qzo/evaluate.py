@@ -1,0 +1,188 @@
+"""What a model can do: accuracy or EM and F1 on a task, and perplexity on a text."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from qzo.data.answers import exact_match, f1
+from qzo.data.batches import collate
+from qzo.data.encode import Encoded, Option, encode_examples, encode_prompts, leading_ids, padding_id
+from qzo.data.loss import option_scores, per_example_loss
+from qzo.data.tasks import Example, Task
+from qzo.errors import BadInput
+
+Progress = Callable[[int, int], None]  # (examples done, examples in all)
+
+_NEW_TOKENS = 50
+_WINDOWS_PER_BATCH = 4
+
+
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> dict:
+    """The model's score on the examples, as a plain dict with "examples" and "truncated" (prompts cut to max_length).
+
+    A task with options: "accuracy" (0 to 1; the highest score wins, the first of equals) and "loss" (nats, mean of
+    per_example_loss). A generation task: "exact_match" and "f1" (0 to 1) of the first line that greedy decoding
+    writes in at most 50 tokens, prompt and answer together at most max_length tokens.
+    """
+    if not examples:
+        raise BadInput(f"task {task.name}", "no examples", "at least one")
+    run = _evaluate_generation if task.generation else _evaluate_options
+    with _inference(model):
+        return run(model, tokenizer, examples, max_length, batch_size, progress or (lambda done, total: None))
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: str | Path,
+    window: int = 512,
+    limit_windows: int | None = None,
+) -> dict:
+    """exp of the mean negative log-likelihood over the first `limit_windows` windows of a text file.
+
+    The text is tokenised whole and cut into windows of `window` tokens that do not overlap (the rest is dropped);
+    each gives window - 1 predictions. Returns perplexity, windows and tokens (the number of predictions).
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(str(file), f"cannot be read ({error})", "a UTF-8 text file") from None
+    if window < 2:
+        raise BadInput("window", str(window), "at least 2 tokens")
+    ids = [*leading_ids(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)][:limit_windows]
+    if not windows:
+        raise BadInput(str(file), f"{len(ids)} tokens", f"at least one window of {window}", "Give a longer text or a smaller window.")
+    encoded = [Encoded((tuple(w[:-1]),), (Option(0, 0, tuple(w[1:])),), 0) for w in windows]
+    total = 0.0
+    with _inference(model):
+        for start in range(0, len(encoded), _WINDOWS_PER_BATCH):
+            batch = collate(encoded[start : start + _WINDOWS_PER_BATCH], padding_id(tokenizer)).to(model.device)
+            total += per_example_loss(model, batch).double().sum().item()
+    mean = total / len(windows)
+    # A model that is broken enough overflows exp: infinity is the honest value.
+    value = math.exp(mean) if mean < 700 else math.inf
+    return {"perplexity": value, "windows": len(windows), "tokens": len(windows) * (window - 1)}
+
+
+@contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first: what does not fit into memory fails at once."""
+    ranked = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for start in range(0, len(ranked), batch_size):
+        yield ranked[start : start + batch_size]
+
+
+def _evaluate_options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int,
+    progress: Progress,
+) -> dict:
+    encoded, truncated = encode_examples(examples, tokenizer, max_length)
+    lengths = [max(map(len, example.rows)) for example in encoded]
+    losses = torch.zeros(len(encoded), dtype=torch.float64)
+    right = done = 0
+    for indices in _batches(lengths, batch_size):
+        batch = collate([encoded[index] for index in indices], padding_id(tokenizer)).to(model.device)
+        scores = option_scores(model, batch)
+        losses[indices] = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="none").double().cpu()
+        right += int((scores.argmax(1) == batch.labels).sum())
+        done += len(indices)
+        progress(done, len(encoded))
+    return {
+        "accuracy": right / len(encoded),
+        "loss": losses.mean().item(),
+        "examples": len(encoded),
+        "truncated": truncated,
+    }
+
+
+def _evaluate_generation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int,
+    progress: Progress,
+) -> dict:
+    if max_length <= _NEW_TOKENS:
+        raise BadInput("max_length", str(max_length), f"more than the {_NEW_TOKENS} tokens that may be generated")
+    prompts, truncated = encode_prompts(examples, tokenizer, max_length - _NEW_TOKENS)
+    matches, overlaps = [0.0] * len(examples), [0.0] * len(examples)
+    done = 0
+    for indices in _batches([len(prompt) for prompt in prompts], batch_size):
+        answers = _first_lines(model, tokenizer, [prompts[index] for index in indices])
+        for index, answer in zip(indices, answers, strict=True):
+            matches[index] = exact_match(answer, examples[index].references)
+            overlaps[index] = f1(answer, examples[index].references)
+        done += len(indices)
+        progress(done, len(examples))
+    return {
+        "exact_match": sum(matches) / len(examples),
+        "f1": sum(overlaps) / len(examples),
+        "examples": len(examples),
+        "truncated": truncated,
+    }
+
+
+class _EndOfLine(StoppingCriteria):
+    """A row is done when its newest token holds a newline, whichever of the vocabulary's tokens that is."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        newest = self.tokenizer.batch_decode(input_ids[:, -1:])
+        return torch.tensor(["\n" in text for text in newest], device=input_ids.device)
+
+
+def _first_lines(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> list[str]:
+    """What the model writes after each prompt, up to the first newline, without the spaces around it."""
+    pad_id, width = padding_id(tokenizer), max(map(len, prompts))
+    input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=_NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad_id,
+    )  # fmt: skip
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([_EndOfLine(tokenizer)]),
+    )
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text.split("\n")[0].strip() for text in texts]

@@ -1,0 +1,149 @@
+"""A run out of its folder, as a model folder: an ordinary GPTQ checkpoint, or dequantized 16-bit weights.
+
+The base checkpoint is copied tensor by tensor; only scales (and norms and biases, where they were tuned) are new.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qzo.data.encode import leading_ids
+from qzo.errors import BadInput, RunFailed
+from qzo.model.files import Folder
+from qzo.model.gptq_format import GptqConfig, pack_zeros, read_config, read_layer, unpack_zeros
+from qzo.model.linear import QuantLinear
+from qzo.model.load import load_model, pick_device
+from qzo.model.save import FolderWriter
+from qzo.run import load_run, read_run, tuned_state
+
+FORMATS = ("gptq", "gptq_v2", "hf")
+PROBE = "The quick brown fox jumps over the lazy dog. It was"
+
+
+def export(
+    run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`.
+
+    format: gptq | gptq_v2 | hf; default: the base checkpoint's own. Returns the steps, the state and what rounding
+    the scales to fp16 changed. Raises BadInput for a zero point that gptq (v1) cannot hold.
+    """
+    header, _ = read_run(run)
+    folder = Folder(header["base"]["model"])
+    config = read_config(folder)
+    format = format or config.version
+    if format not in FORMATS:
+        raise BadInput("--format", format, f"one of {', '.join(FORMATS)}")
+    writer = FolderWriter(out)
+    steps, state = tuned_state(run, folder, torch.device("cpu"), to, snapshots)
+    if format == "hf":
+        _write_dense(folder, config, state, writer, progress)
+    else:
+        _write_gptq(folder, config, format, state, writer, progress)
+    return {"steps": steps, "out": str(out), "format": format, "rounding": _rounding(state), "state": state}
+
+
+def _tuned_dense(state: dict[str, torch.Tensor], name: str, stored: torch.Tensor) -> torch.Tensor:
+    tuned = state.get(f"{name}/dense")
+    return stored if tuned is None else tuned[0].to(stored.dtype)
+
+
+def _write_gptq(
+    folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], writer: FolderWriter, progress
+) -> None:
+    target = dataclasses.replace(config, version=version)
+    for number, name in enumerate(folder.tensors):
+        value = folder.read(name)
+        module, _, kind = name.rpartition(".")
+        if kind == "scales":
+            value = state[f"{module}/scales"].t().to(torch.float16)
+            if not bool(torch.isfinite(value).all()):
+                raise RunFailed(name, "a tuned scale beyond fp16's range", "scales below 65504", "Tune with a lower lr.")
+        elif kind == "qzeros" and version != config.version:
+            rows = folder.shape(f"{module}.scales")[1]
+            value = pack_zeros(unpack_zeros(value, config, rows), target, name)
+        else:
+            value = _tuned_dense(state, name, value)
+        writer.add(name, value)
+        if progress:
+            progress(number + 1, len(folder.tensors))
+    raw = {**(folder.config.get("quantization_config") or folder.read_json("quantize_config.json")), **target.to_dict()}
+    if "format" in raw:
+        raw["format"] = version
+    folder.copy_side_files(writer.partial)
+    writer.finish({**folder.config, "quantization_config": raw}, {"quantize_config.json": raw})
+
+
+def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tensor], writer: FolderWriter, progress) -> None:
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    for number, name in enumerate(folder.tensors):
+        module, _, kind = name.rpartition(".")
+        if kind == "scales" and f"{module}.qweight" in folder:
+            rows = folder.shape(name)[1]
+            cols = folder.shape(f"{module}.g_idx")[0] if f"{module}.g_idx" in folder else None
+            cols = cols or folder.shape(f"{module}.qweight")[0] * 32 // config.bits
+            tensors = read_layer(folder, module, config, rows, cols)
+            tensors.scales = state[f"{module}/scales"]
+            layer = QuantLinear(module, tensors, config.bits, config.group(cols), cols)
+            writer.add(f"{module}.weight", layer.weight(torch.float16))
+        elif kind not in parts:
+            writer.add(name, _tuned_dense(state, name, folder.read(name)))
+        if progress:
+            progress(number + 1, len(folder.tensors))
+    folder.copy_side_files(writer.partial)
+    plain = {key: value for key, value in folder.config.items() if key != "quantization_config"}
+    writer.finish({**plain, "dtype": "float16"})
+
+
+def _rounding(state: dict[str, torch.Tensor]) -> float:
+    """The largest relative change of a scale by its cast to fp16."""
+    worst = 0.0
+    for name, value in state.items():
+        if name.endswith("/scales"):
+            change = (value.half().float() - value).abs() / value.abs().clamp(min=1e-12)
+            worst = max(worst, float(change.max()))
+    return worst
+
+
+def verify(run: str, out: str, device: str = "auto") -> dict:
+    """Load `out` afresh and compare its logits with the run's own on a probe text.
+
+    A GPTQ folder must equal the run with its scales rounded to fp16, bit for bit (RunFailed otherwise); also returns
+    the largest difference to the run with fp32 scales, `rounding_difference`, beside the largest logit.
+    """
+    where = pick_device(device)
+    loaded, _, _ = load_run(run, device)
+    ids = _probe(loaded)
+    tuned = _logits(loaded.model, ids)
+    for layer in loaded.layers.values():
+        layer.scales.data.copy_(layer.scales.data.half())
+    rounded = _logits(loaded.model, ids)
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[loaded.dtype]
+    del loaded
+    written = load_model(out, where.type, dtype)
+    logits = _logits(written.model, ids)
+    exact = bool(torch.equal(logits, rounded))
+    if written.layers and not exact:
+        difference = float((logits - rounded).abs().max())
+        raise RunFailed(out, f"logits differ by {difference:.3g} from the run's", "equal logits", "Please report this.")
+    return {
+        "equal": exact, "largest_logit": float(tuned.abs().max()),
+        "rounding_difference": float((logits - tuned).abs().max()),
+    }  # fmt: skip
+
+
+def _probe(loaded) -> torch.Tensor:
+    try:
+        tokenizer = loaded.tokenizer()
+        ids = [*leading_ids(tokenizer), *tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
+    except BadInput:
+        ids = list(range(1, 17))
+    return torch.tensor([ids], device=loaded.device) % loaded.model.config.vocab_size
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float().cpu()

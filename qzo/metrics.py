@@ -1,0 +1,87 @@
+"""metrics.jsonl: what a run shows for plots, one JSON object per line; the journal, not this file, is the run."""
+
+import json
+import math
+from contextlib import suppress
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Self
+
+from qzo.journal import disk_error
+
+
+class Metrics:
+    """Appends to metrics.jsonl."""
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line of plain values. NaN and infinities become null, and `nonfinite` says what they were: {"loss": "nan"}.
+
+        Raises RunFailed where the disk is full, with the file cut back to its last whole line.
+        """
+        plain = {key: float(value) if _is_float(value) else value for key, value in values.items()}
+        strange = {key: str(value) for key, value in plain.items() if _is_float(value) and not math.isfinite(value)}
+        if strange:
+            plain |= dict.fromkeys(strange) | {"nonfinite": strange}
+        line = json.dumps(plain, allow_nan=False, ensure_ascii=False).encode("utf-8") + b"\n"
+        whole, done = self._file.tell(), 0
+        try:
+            while done < len(line):
+                done += self._file.write(line[done:])
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(whole)
+            raise disk_error(self._path, error) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole lines, in order; none where there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def cut_back(path: str | Path, step: int) -> None:
+    """Drop the lines of steps >= `step`, and a torn last line; before the file is opened to go on. No file: nothing."""
+    path = Path(path)
+    if not path.exists():
+        return
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        kept = b"".join(line + b"\n" for line in lines if not _from(line, step))
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(kept)
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral)
+
+
+def _from(line: bytes, step: int) -> bool:
+    """Whether a line is of `step` or later, or is no JSON object."""
+    try:
+        values = json.loads(line)
+        return not isinstance(values, dict) or values.get("step", -1) >= step
+    except (ValueError, TypeError):
+        return True

@@ -1,0 +1,64 @@
+"""One line of progress for work that takes long."""
+
+import math
+import shutil
+import sys
+from time import monotonic
+from typing import Any, Self, TextIO
+
+
+class Progress:
+    """`label done/total field value … ETA`, on stderr.
+
+    On a terminal one line is rewritten, at most ten times a second; elsewhere a line is added at most every `every`
+    seconds. The first state and the one where all is done always show. As a context manager it closes itself.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0, stream: TextIO | None = None, every: float = 5.0):
+        """`start`: what was done before, in a resumed run; it does not count for the ETA."""
+        self._label, self._total, self._start = label, total, start
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._every = 0.1 if self._terminal else every
+        self._began, self._shown, self._width = monotonic(), -math.inf, 0
+
+    def update(self, done: int, **fields: Any) -> None:
+        """Show that `done` of the total is done; floats among the fields are shown with four digits."""
+        now = monotonic()
+        if done < self._total and now - self._shown < self._every:
+            return
+        self._shown = now
+        parts = [f"{self._label} {done}/{self._total}"]
+        parts += [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()]
+        if self._start < done < self._total:
+            left = (now - self._began) / (done - self._start) * (self._total - done)
+            parts.append(f"ETA {_duration(left)}")
+        self._print("  ".join(parts))
+
+    def close(self) -> None:
+        """End the line of a terminal."""
+        if self._terminal and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _print(self, text: str) -> None:
+        if self._terminal:
+            text = text[: max(shutil.get_terminal_size().columns - 1, 10)]
+            self._stream.write("\r" + text.ljust(self._width))
+            self._width = len(text)
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(math.ceil(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}h{minute:02d}m" if hours else f"{minute}m{second:02d}s" if minute else f"{second}s"

@@ -1,0 +1,54 @@
+"""Calibration text: windows of equal length, spread evenly over a file's documents."""
+
+import json
+from typing import Any
+
+import torch
+
+from qzo.errors import BadInput
+from qzo.model.files import resolve
+
+
+def load_windows(name: str, tokenizer: Any, samples: int, max_length: int, vocab: int) -> torch.Tensor:
+    """Token ids int64 [samples, max_length] from the concatenated documents of a file.
+
+    `name` is a .jsonl file with the field `text`, a .txt file, or one of them under `builtin:`. Raises BadInput for a
+    file that cannot be read, by line, and for one that is too short, with the tokens found and needed.
+    """
+    ids: list[int] = []
+    for document in _documents(name):
+        ids += tokenizer(document, verbose=False)["input_ids"]
+    if ids and max(ids) >= vocab:
+        raise BadInput("tokenizer", f"the token {max(ids)}", f"tokens below the model's vocabulary size of {vocab}")
+    windows = len(ids) // max_length
+    if windows < samples:
+        do = f"Give more text, or take samples={windows}." if windows else "Give more text, or a smaller max_length."
+        raise BadInput(name, f"{len(ids)} tokens", f"{samples * max_length} ({samples} windows of {max_length})", do)
+    chosen = torch.arange(samples) * windows // samples
+    return torch.tensor(ids)[: windows * max_length].view(windows, max_length)[chosen]
+
+
+def _documents(name: str) -> list[str]:
+    path = resolve(name)
+    if path.suffix not in (".jsonl", ".txt") or not path.is_file():
+        raise BadInput(name, "not such a file", "calibration text: a .jsonl file with the field text, or a .txt file")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(name, f"cannot be read ({error})", "UTF-8 text") from error
+    if path.suffix == ".txt":
+        return [content]
+    documents = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{name}, line {number}", f"not JSON ({error.msg})", "one JSON object per line") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            given = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+            raise BadInput(f"{name}, line {number}", given, 'an object with a "text"')
+        documents.append(text)
+    return documents

@@ -1,0 +1,96 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one by one, and the rest makes up for the error.
+
+With H = XᵀX of the layer's inputs and U the upper Cholesky factor of its inverse, H⁻¹ = UᵀU (equations 2 and 3 and
+section 3.3 of the paper): for k = 1 … K
+
+    e_k = (w_k - quant(w_k)) / U_kk        w_j ← w_j - e_k·U_kj   for j > k
+
+Columns go by descending diag(H). With desc_act groups are made of columns in that order (g_idx scattered on disk);
+without it groups stay contiguous, whole groups go by their total and columns within a group by their own diag(H).
+"""
+
+import torch
+from torch import Tensor
+
+from qzo.errors import RunFailed
+from qzo.model.gptq_format import GptqConfig
+from qzo.quantize.grid import Quantized, fit_grid, round_to_grid
+
+BLOCK = 128
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def quantize_weight(weight: Tensor, config: GptqConfig, hessian: Tensor) -> Quantized:
+    """Quantize weight fp32 [N, K] for inputs of second moment `hessian` fp32 [K, K], up to a factor.
+
+    Raises RunFailed when the Hessian cannot be inverted even with heavy damping: it is not finite.
+    """
+    rows, cols = weight.shape
+    order, g_idx = column_order(hessian.diagonal(), config)
+    factor = inverse_factor(hessian[order][:, order])
+    pivots = factor.diagonal()
+    w = weight.t()[order].contiguous()  # [K, N]: a column of the weight is a contiguous row
+    codes = torch.empty(cols, rows, dtype=torch.uint8, device=weight.device)
+    groups, sizes = torch.unique_consecutive(g_idx[order], return_counts=True)
+    scales = torch.empty(rows, len(groups), device=weight.device)
+    zeros = torch.empty(rows, len(groups), dtype=torch.uint8, device=weight.device)
+    stop = 0
+    for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
+        start, stop = stop, stop + size
+        scale, zero = fit_grid(w[start:stop].t(), config, pivots[start:stop] ** -2)
+        scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0].to(torch.uint8)
+        for a in range(start, stop, BLOCK):
+            b = min(a + BLOCK, stop)
+            error = _quantize_block(w[a:b], codes[a:b], factor[a:b, a:b], scale[:, 0], zero[:, 0], config.bits)
+            w[b:].addmm_(factor[a:b, b:].t(), error, alpha=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return Quantized(result.t().contiguous(), scales, zeros, g_idx)
+
+
+def _quantize_block(w: Tensor, codes: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Round the columns w [b, N] of one group in order, filling `codes`; returns their errors e [b, N]."""
+    error = torch.empty_like(w)
+    pivots = factor.diagonal().tolist()
+    for i, pivot in enumerate(pivots):
+        code = round_to_grid(w[i], scale, zero, bits)
+        codes[i] = code
+        error[i] = (w[i] - (code - zero) * scale) / pivot
+        w[i + 1 :].addr_(factor[i, i + 1 :], error[i], alpha=-1)
+    return error
+
+
+def column_order(diagonal: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor]:
+    """The order int64 [K] in which columns are rounded, and g_idx int32 [K]; columns of a group follow one another."""
+    cols = diagonal.shape[0]
+    size = config.group(cols)
+    index = torch.arange(cols, device=diagonal.device) // size
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    if config.desc_act:
+        g_idx = torch.empty_like(index)
+        g_idx[order] = index
+        return order, g_idx.to(torch.int32)
+    totals = torch.stack([part.sum() for part in diagonal.split(size)])
+    rank = torch.argsort(torch.argsort(totals, descending=True, stable=True))
+    return order[torch.argsort(rank[index[order]], stable=True)], index.to(torch.int32)
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U fp32 [K, K], upper triangular with (H + damping)⁻¹ = UᵀU.
+
+    Columns never active get the mean of the diagonal: they are rounded to nearest. The damping, a share of that
+    mean, grows until the factorization succeeds.
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    dead = torch.where(diagonal == 0, mean, torch.zeros_like(diagonal))
+    for damping in DAMPING:
+        # Reversed, H = LLᵀ turns into a factor of the inverse whose triangle is the upper one.
+        damped = hessian + torch.diag(dead + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
+    raise RunFailed("gptq", "a Hessian that is not positive definite", "finite activations",
+                    "Check the model's weights and the calibration text.")  # fmt: skip

@@ -1,0 +1,208 @@
+"""One decoder layer at a time: filled from disk, run on the calibration windows, quantized, written, released.
+
+Linears of a layer that read the same input are quantized together, in the order in which the layer calls them, and
+every later one sees the activations that the quantized earlier ones produce.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo.errors import BadInput, RunFailed
+from qzo.model.files import Folder
+from qzo.model.gptq_format import GptqConfig, pack_zeros
+from qzo.model.load import _computed_buffers, fill, release
+from qzo.model.save import FolderWriter
+from qzo.quantize import gptq, rtn
+from qzo.quantize.grid import Quantized
+from qzo_kernels.pack import pack_codes
+
+TOKENS_AT_ONCE = 4096
+
+
+class _Seen(Exception):
+    """Ends a forward as soon as it has produced what was asked for."""
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The module name and the list of the decoder's layers."""
+    layers = model.get_decoder().layers
+    return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def linears(layer: nn.Module) -> list[str]:
+    """Names of a layer's Linears."""
+    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+
+
+class Walk:
+    """Quantizes the Linears of all decoder layers of a model whose parameters are on meta.
+
+    `windows` int64 [samples, length] are the calibration tokens for GPTQ; None rounds to nearest, without a forward.
+    `report(names, error)` is called after each set of Linears: error is ‖(W - Ŵ)X‖/‖WX‖ over the calibration inputs,
+    and ‖W - Ŵ‖/‖W‖ when rounding to nearest. Raises BadInput for weights that are not finite, RunFailed for such
+    activations.
+    """
+
+    def __init__(self, model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype):
+        self.model, self.folder, self.config, self.device, self.dtype = model, folder, config, device, dtype
+        self.prefix, self.layers = decoder_layers(model)
+
+    @torch.no_grad()
+    def run(self, windows: Tensor | None, writer: FolderWriter, report: Callable[[list[str], float], None]) -> None:
+        if windows is not None:
+            hidden, kwargs = self._first_inputs(windows)
+        for index, layer in enumerate(self.layers):
+            name = f"{self.prefix}.{index}"
+            if windows is None:
+                for linear in linears(layer):
+                    self._quantize(name, layer, [linear], None, writer, report)
+                continue
+            fill(self.model, self.folder, self.device, self.dtype, f"{name}.")
+            for subset in _subsets(layer, hidden[0].to(self.device), kwargs[index]):
+                hessian = self._hessian(layer, subset[0], hidden, kwargs[index])
+                if not bool(torch.isfinite(hessian.diagonal()).all()):
+                    raise RunFailed(f"{name}.{subset[0]}", "activations that are not finite", "finite ones",
+                                    "Check the model's weights and the calibration text.")  # fmt: skip
+                self._quantize(name, layer, subset, hessian, writer, report)
+                del hessian
+            for i, part in enumerate(hidden):
+                hidden[i] = _forward(layer, part.to(self.device), kwargs[index]).cpu()
+            release(layer)
+
+    def _first_inputs(self, windows: Tensor) -> tuple[list[Tensor], list[dict]]:
+        """The first layer's inputs, on the CPU, some windows at a time; and every layer's keyword arguments."""
+        decoder = self.model.get_decoder()
+        parent = self.prefix.rpartition(".")[0]
+        outside = [(f"{parent}.{name}.", child) for name, child in decoder.named_children() if child is not self.layers]
+        for prefix, _ in outside:
+            fill(self.model, self.folder, self.device, self.dtype, prefix)
+        _computed_buffers(self.model, self.device)
+        calls: list[tuple[Tensor, dict]] = []
+
+        def record(hidden: Tensor, **kwargs: Any) -> Tensor:
+            calls.append((hidden, kwargs))
+            if len(calls) == len(self.layers):
+                raise _Seen
+            return hidden
+
+        def run(ids: Tensor) -> None:
+            calls.clear()
+            try:
+                decoder(input_ids=ids.to(self.device), use_cache=False)
+            except _Seen:
+                pass
+
+        for layer in self.layers:
+            layer.forward = record
+        # Arguments of a single window broadcast over any number of them.
+        run(windows[:1])
+        kwargs = [call[1] for call in calls]
+        hidden = []
+        for part in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+            run(part)
+            hidden.append(calls[0][0].cpu())
+        for layer in self.layers:
+            del layer.forward
+        for _, child in outside:
+            release(child)
+        return hidden, kwargs
+
+    def _hessian(self, layer: nn.Module, linear: str, hidden: list[Tensor], kwargs: dict) -> Tensor:
+        """XᵀX / rows, fp32 [K, K], of all the inputs of a Linear."""
+        module = layer.get_submodule(linear)
+        hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
+        rows = 0
+
+        def accumulate(_: nn.Module, args: tuple[Tensor]) -> None:
+            nonlocal rows
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            rows += len(x)
+            add_second_moment(hessian, x)
+            raise _Seen
+
+        handle = module.register_forward_pre_hook(accumulate)
+        for part in hidden:
+            try:
+                layer(part.to(self.device), **kwargs)
+            except _Seen:
+                pass
+        handle.remove()
+        return (hessian.triu() + hessian.triu(1).t()) / rows
+
+    def _quantize(
+        self, name: str, layer: nn.Module, subset: list[str], hessian: Tensor | None,
+        writer: FolderWriter, report: Callable[[list[str], float], None],
+    ) -> None:  # fmt: skip
+        """Quantize Linears of one input as one weight (rows are independent), write them, and put Ŵ into the layer."""
+        names = [f"{name}.{linear}" for linear in subset]
+        weights = []
+        for full in names:
+            weights.append(self.folder.read(f"{full}.weight").to(self.device, torch.float32))
+            if not bool(torch.isfinite(weights[-1]).all()):
+                raise BadInput(f"{self.folder.path}, {full}.weight", "infinities or NaN", "finite weights")
+        weight = torch.cat(weights)
+        method = rtn if hessian is None else gptq
+        result = method.quantize_weight(weight, self.config, hessian)
+        restored = result.dequantize()
+        start = 0
+        for full, linear, part in zip(names, subset, weights, strict=True):
+            rows = slice(start, start + len(part))
+            start = rows.stop
+            write_linear(writer, full, rows, result, self.config)
+            if hessian is not None:
+                layer.get_submodule(linear).weight.copy_(restored[rows])
+        report(names, _relative_error(weight, restored, hessian))
+
+
+def add_second_moment(hessian: Tensor, x: Tensor) -> None:
+    """Add the upper triangle of XᵀX, x fp32 [rows, K], in block rows (what lies below the diagonal is not defined)."""
+    step = -(-x.shape[1] // 8)
+    for a in range(0, x.shape[1], step):
+        hessian[a : a + step, a:].addmm_(x[:, a : a + step].t(), x[:, a:])
+
+
+def _forward(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+    out = layer(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _subsets(layer: nn.Module, hidden: Tensor, kwargs: dict) -> list[list[str]]:
+    """The layer's Linears in call order, those that are given the very same tensor together."""
+    inputs: list[Tensor] = []
+    subsets: list[list[str]] = []
+    handles = []
+    for name in linears(layer):
+
+        def see(_: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+            for known, subset in zip(inputs, subsets, strict=True):
+                if known is args[0]:
+                    subset.append(name)
+                    return
+            inputs.append(args[0])
+            subsets.append([name])
+
+        handles.append(layer.get_submodule(name).register_forward_pre_hook(see))
+    _forward(layer, hidden, kwargs)
+    for handle in handles:
+        handle.remove()
+    return subsets
+
+
+def _relative_error(weight: Tensor, restored: Tensor, hessian: Tensor | None) -> float:
+    error = restored - weight
+    if hessian is None:
+        return float(error.norm() / weight.norm().clamp(min=1e-30))
+    lost, whole = (float(((m @ hessian) * m).sum()) for m in (error, weight))
+    return (max(lost, 0.0) / max(whole, 1e-30)) ** 0.5
+
+
+def write_linear(writer: FolderWriter, name: str, rows: slice, result: Quantized, config: GptqConfig) -> None:
+    """Queue qweight, qzeros, scales and g_idx of the Linear made of some rows of a quantized weight."""
+    writer.add(f"{name}.qweight", pack_codes(result.codes[rows].cpu(), config.bits).t())
+    zeros = result.zeros[rows].t().contiguous().cpu()
+    writer.add(f"{name}.qzeros", pack_zeros(zeros, config, name))
+    writer.add(f"{name}.scales", result.scales[rows].t().half())
+    writer.add(f"{name}.g_idx", result.g_idx)

@@ -1,0 +1,263 @@
+"""The recipe of a run: one flat schema, read from YAML with key=value overrides; every problem is reported at once."""
+
+import difflib
+import importlib.resources
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qzo import plain_yaml
+from qzo.errors import BadInput
+
+# A run may be resumed with other values of these: they decide where and how often something is written or shown,
+# and no bit of the tuned weights. `steps` is not among them: the schedule depends on it.
+_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every")
+
+# What other trainers call some keys; by spelling alone these would lead to the wrong one.
+_OTHER_NAMES = {"learning_rate": "lr", "zo_eps": "eps", "max_steps": "steps", "num_steps": "steps"}
+
+_Problem = tuple[str, str, str]  # key, given, expected
+
+
+def _plain_text(value: str) -> str:
+    value.encode("utf-8")
+    if "\0" in value:
+        raise ValueError("a NUL character")
+    return value
+
+
+_Text = Annotated[str, Field(min_length=1), AfterValidator(_plain_text)]
+_Count = Annotated[int, Field(ge=1)]
+_Rate = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class Recipe(BaseModel):
+    """Everything a run depends on. Types are strict; all numbers are finite; steps count from 0.
+
+    Raises pydantic.ValidationError when built directly; `load_recipe` turns that into one BadInput.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: _Text = Field(description="model folder, hub id or builtin:NAME")
+    task: _Text = Field("jsonl", description="built-in task name, or jsonl for any prompt and answer data")
+    data: _Text = Field(description="folder of SPLIT.jsonl files, one .jsonl file, or a hub dataset id")
+    prompt: _Text | None = Field(None, description="prompt template with {field} names (task jsonl)")
+    choices: list[_Text] | None = Field(None, description="answers to choose from; may hold {field} names")
+    label: _Text | None = Field(None, description="field that holds the right choice, as its index or its text")
+    completion: _Text | None = Field(None, description="template or field of the answer, instead of choices and label")
+    train_split: _Text = Field("train", description="split to tune on")
+    eval_split: _Text = Field("validation", description="split to evaluate on")
+    train_examples: _Count | None = Field(1000, description="examples to tune on; null: all")
+    eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
+    max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
+    method: Literal["qzo"] = Field("qzo", description="what moves: qzo tunes the scales")
+    noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
+    eps_mode: Literal["relative", "absolute"] = Field("relative", description="s * (1 + eps z), or s + eps z")
+    eps: _Positive = Field(0.03, description="size of the perturbation, in units of eps_mode")
+    lr: _Rate = Field(description="learning rate at the top of the schedule")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="course of the learning rate")
+    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
+    steps: _Count = Field(description="steps of the run")
+    batch_size: _Count = Field(16, description="examples per step")
+    micro_batch: _Count | None = Field(None, description="examples per forward; null: as many as fit")
+    directions: int = Field(1, ge=1, le=64, description="directions per step, averaged")
+    clip: _Positive | None = Field(None, description="bound on |d|, the projected gradient")
+    clip_median: _Positive | None = Field(None, description="bound on |d| as a multiple of its running median")
+    stacked: bool = Field(False, description="run both signs of a direction as one batch")
+    dense: bool = Field(False, description="also tune the tensors that are not quantized (norms, biases)")
+    dense_lr: _Rate | None = Field(None, description="learning rate of the dense tensors")
+    dense_eps: _Positive | None = Field(None, description="absolute perturbation of the dense tensors")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the noise and of the order of the data")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
+    save_every: _Count = Field(100, description="steps between snapshots")
+    log_every: _Count = Field(10, description="steps between log lines")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
+    threads: _Count | None = Field(None, description="CPU threads; null: torch's own choice")
+    output_dir: _Text | None = Field(None, description="folder of the run; null: runs/NAME-seedSEED")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = _cross_problems(self.model_dump())
+        if problems:
+            raise ValueError("; ".join(_line(problem) for problem in problems))
+        return self
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a shipped name (no slash, not ending in .yaml) or of a YAML file, with key=value overrides.
+
+    An override's value is read as YAML, except that the value of a text key is taken literally unless it is quoted.
+    Raises BadInput: one for all problems, a line each (key, given, expected); or for the file itself, with the line.
+    """
+    where, text = _find(name_or_path)
+    values, problems = _read_yaml(text, where)
+    unread = set()
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            problems.append((override, "no value", "an override as key=value"))
+            continue
+        try:
+            values[key] = _override_value(key, raw)
+        except plain_yaml.NotPlainYaml as error:
+            unread.add(key)
+            problems.append((key, _show(raw), f"a YAML value ({error})"))
+    problems += [problem for problem in _problems(values) if problem[0] not in unread]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise BadInput(where, "\n  ".join([f"{count} in the recipe", *map(_line, problems)]))
+    return Recipe.model_validate(values)
+
+
+def run_name(name_or_path: str | Path) -> str:
+    """Name of a recipe: a shipped name as it is, a file's name without its ending."""
+    return Path(name_or_path).stem if _is_file(str(name_or_path)) else str(name_or_path)
+
+
+def default_output_dir(recipe: Recipe, name: str) -> str:
+    """Folder of a run whose recipe names none."""
+    return f"runs/{name}-seed{recipe.seed}"
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """All fields in the order of the schema; `load_recipe` reads the same recipe back."""
+    return plain_yaml.dump(recipe.model_dump())
+
+
+def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` of two dumped recipes, without the keys in _FREE_KEYS."""
+    lines = []
+    for key in {**old, **new}:
+        same = key in old and key in new and old[key] == new[key]
+        if not same and key not in _FREE_KEYS:
+            before, after = (_show(side[key]) if key in side else "absent" for side in (old, new))
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def shipped() -> list[tuple[str, str]]:
+    """(name, its first comment line) of every recipe in the package, sorted by name."""
+    files = sorted((file for file in _folder().iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return [(file.name.removesuffix(".yaml"), _description(file.read_text("utf-8"))) for file in files]
+
+
+def _description(text: str) -> str:
+    comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
+    return next(comments, "")
+
+
+def _folder() -> Traversable:
+    return importlib.resources.files("qzo.recipes")
+
+
+def _is_file(text: str) -> bool:
+    return "/" in text or text.endswith((".yaml", ".yml"))
+
+
+def _find(name_or_path: str | Path) -> tuple[str, str]:
+    name = str(name_or_path)
+    if not _is_file(name):
+        names = [known for known, _ in shipped()]
+        if name not in names:
+            names.sort(key=lambda known: -difflib.SequenceMatcher(None, name, known).ratio())
+            expected = f"one of {', '.join(names) or '(none shipped)'}"
+            raise BadInput("recipe", f"unknown name {_show(name)}", expected, "A file is named with ./ or .yaml.")
+        return name, (_folder() / f"{name}.yaml").read_text("utf-8")
+    try:
+        return name, Path(name).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise BadInput(name, f"cannot be read ({reason})", "a recipe as a YAML file", "Check the path.") from error
+
+
+def _read_yaml(text: str, where: str) -> tuple[dict[Any, Any], list[_Problem]]:
+    try:
+        values, repeated = plain_yaml.parse(text)
+    except plain_yaml.NotPlainYaml as error:
+        place = f"{where}, line {error.line}" if error.line else where
+        raise BadInput(place, f"not valid YAML ({error})", "lines of the form key: value") from error
+    if not isinstance(values, dict | None):
+        raise BadInput(where, f"a YAML {type(values).__name__}", "lines of the form key: value")
+    return values or {}, [(key, f"a second time in line {line}", "each key once") for key, line in repeated]
+
+
+def _override_value(key: str, raw: str) -> Any:
+    kinds = _kinds(key) if key in Recipe.model_fields else []
+    literal = any(kind.get("type") == "string" and not {"enum", "const"} & kind.keys() for kind in kinds)
+    if literal and raw[:1] not in ("'", '"') and raw not in ("", "~", "null"):
+        return raw
+    return plain_yaml.parse(raw)[0]
+
+
+def _problems(values: dict[Any, Any]) -> list[_Problem]:
+    """Problems of single values and, among the values that are right, of values that do not fit together."""
+    found: dict[str, _Problem] = {}
+    for key in values.keys() - Recipe.model_fields.keys():
+        nearest = difflib.get_close_matches(str(key), Recipe.model_fields, n=1, cutoff=0)[0]
+        hint = f"a key of the recipe (did you mean {_OTHER_NAMES.get(key, nearest)}?)"
+        found[str(key)] = (str(key), "an unknown key", hint)
+    known = {key: value for key, value in values.items() if key in Recipe.model_fields}
+    try:
+        Recipe.model_validate(known)
+    except ValidationError as error:
+        for problem in error.errors():
+            if problem["loc"]:
+                key = str(problem["loc"][0])
+                found[key] = (key, _show(known[key]) if key in known else "nothing", _expected(key))
+    defaults = {key: field.default for key, field in Recipe.model_fields.items() if not field.is_required()}
+    right = {key: value for key, value in {**defaults, **known}.items() if key not in found}
+    order = [str(key) for key in values] + list(Recipe.model_fields)
+    return sorted(found.values(), key=lambda problem: order.index(problem[0])) + _cross_problems(right)
+
+
+def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
+    """Values that do not fit together; a value that is missing here is not judged."""
+    problems = []
+    if values.get("dense"):
+        for key in ("dense_lr", "dense_eps"):
+            if key in values and values[key] is None:
+                problems.append((key, "nothing", "a number, because dense is true"))
+    if values.get("clip") is not None and values.get("clip_median") is not None:
+        problems.append(("clip", "together with clip_median", "one of the two"))
+    for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
+        if values.get(key) is not None and bound in values and values[key] > values[bound]:
+            problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))
+    return problems
+
+
+def _line(problem: _Problem) -> str:
+    key, given, expected = problem
+    return f"{key}: given {given}, expected {expected}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _kinds(key: str) -> Sequence[dict[str, Any]]:
+    schema = Recipe.model_json_schema()["properties"][key]
+    return schema.get("anyOf", [schema])
+
+
+def _expected(key: str) -> str:
+    return " or ".join(_kind(kind) for kind in _kinds(key))
+
+
+def _kind(kind: dict[str, Any]) -> str:
+    if "const" in kind or "enum" in kind:
+        return "one of " + ", ".join(kind.get("enum") or [kind["const"]])
+    name = {
+        "integer": "a whole number", "number": "a finite number", "string": "a text that is not empty",
+        "boolean": "true or false", "null": "null", "array": "a list of texts (numbers in quotes)",
+    }[kind["type"]]
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
+    return " ".join([name, " and ".join(f"{sign} {kind[key]}" for key, sign in bounds.items() if key in kind)]).strip()

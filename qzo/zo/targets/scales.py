@@ -1,0 +1,71 @@
+"""QZO (arXiv 2505.13430): perturb the continuous scales, keep the integer codes.
+
+    l+- = L((s +- eps z) * (q - zero)),   s <- max(s - c, floor),   c = sum_i a_i z_i        absolute, as published
+    l+- = L(s (1 +- eps z) * (q - zero)), s <- max(s (1 - c), floor)                         relative
+
+s is fp32; the floor keeps a scale from changing sign, which would flip its whole group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from qzo_kernels import ops
+
+from qzo.model.linear import QuantLinear
+from qzo.zo.noise import Variant, check_unique, tensor_name, tensor_uid
+from qzo.zo.targets import TensorInfo
+
+FLOOR = 1e-3
+
+
+def floor_of(scales: torch.Tensor) -> float:
+    """1e-3 of the median scale, and no more than the smallest: nothing moves before the first update."""
+    return min(FLOOR * float(scales.median()), float(scales.min()))
+
+
+class Scales:
+    """The scales of every QuantLinear. `layers` maps module names to layers; order of the map is order of update."""
+
+    name = "scales"
+
+    def __init__(
+        self, layers: dict[str, QuantLinear], eps: float, lr: float, relative: bool = True, gaussian: bool = False
+    ):
+        self.eps, self.lr, self.relative, self.gaussian = eps, lr, relative, gaussian
+        self.layers = {tensor_name(name, self.name): layer for name, layer in layers.items()}
+        check_unique(self.layers)
+        self._info = [
+            TensorInfo(name, tensor_uid(name), tuple(layer.scales.shape), floor_of(layer.scales))
+            for name, layer in self.layers.items()
+        ]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [layer.scales for layer in self.layers.values()]
+
+    def info(self) -> list[TensorInfo]:
+        return self._info
+
+    @contextmanager
+    def entered(self, variants: list[Variant]) -> Iterator[None]:
+        for info, layer in zip(self._info, self.layers.values(), strict=True):
+            layer.effective_scales = lambda layer=layer, info=info: [
+                ops.perturb(layer.scales, v.state, v.sign * self.eps, info.uid, info.floor, self.relative, self.gaussian)
+                for v in variants
+            ]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.effective_scales = None
+
+    def apply(self, state: torch.Tensor, coefs: torch.Tensor) -> None:
+        for info, layer in zip(self._info, self.layers.values(), strict=True):
+            ops.update_(layer.scales.data, state, coefs, info.uid, info.floor, self.relative, self.gaussian)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: layer.scales.data for name, layer in self.layers.items()}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, layer in self.layers.items():
+            layer.scales.data.copy_(tensors[name])

@@ -1,0 +1,67 @@
+"""Packing against a bit stream built from Python integers, one bit at a time."""
+
+import pytest
+import torch
+
+from qzo_kernels.pack import pack_codes, packed_words, unpack_codes
+
+BITS = [2, 3, 4, 8]
+COLS = [1, 3, 8, 10, 11, 17, 31, 32, 33, 63, 128, 172, 257]
+
+
+def python_words(row: list[int], bits: int) -> list[int]:
+    """The int32 words of a little-endian bit stream."""
+    stream = sum(code << (i * bits) for i, code in enumerate(row))
+    words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range((len(row) * bits + 31) // 32)]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def random_codes(rows: int, cols: int, bits: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * cols + bits)
+    return torch.randint(0, 1 << bits, (rows, cols), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("cols", COLS)
+def test_pack_is_the_bit_stream(bits, cols):
+    codes = random_codes(3, cols, bits)
+    codes[0] = (1 << bits) - 1
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.int32 and packed.shape == (3, packed_words(cols, bits))
+    assert packed.tolist() == [python_words(row, bits) for row in codes.tolist()]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("cols", COLS)
+def test_unpack_inverts_pack(bits, cols):
+    codes = random_codes(5, cols, bits)
+    unpacked = unpack_codes(pack_codes(codes, bits), bits, cols)
+    assert unpacked.dtype == torch.uint8 and torch.equal(unpacked, codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_views_of_any_strides(bits):
+    """Packing reads a transposed tensor, unpacking a slice of words, as loading a GPTQ file does."""
+    codes = random_codes(40, 7, bits)
+    packed = pack_codes(codes.t(), bits)
+    assert torch.equal(packed, pack_codes(codes.t().contiguous(), bits))
+    wide = torch.stack((packed, packed), dim=-1)[..., 0]
+    assert not wide.is_contiguous() and torch.equal(unpack_codes(wide, bits, 40), codes.t())
+
+
+@pytest.mark.parametrize("rows,cols", [(0, 8), (3, 0)])
+def test_empty(rows, cols):
+    codes = torch.empty(rows, cols, dtype=torch.uint8)
+    assert torch.equal(unpack_codes(pack_codes(codes, 4), 4, cols), codes)
+
+
+def test_bad_arguments_are_named():
+    codes = random_codes(2, 9, 4)
+    with pytest.raises(ValueError, match="bits = 5"):
+        pack_codes(codes, 5)
+    with pytest.raises(ValueError, match="codes: torch.int32"):
+        pack_codes(codes.int(), 4)
+    with pytest.raises(ValueError, match="largest is 16"):
+        pack_codes(torch.full((1, 3), 16, dtype=torch.uint8), 4)
+    with pytest.raises(ValueError, match=r"words: torch.int32 of shape \(2, 2\)"):
+        unpack_codes(pack_codes(codes, 4), 4, 17)
