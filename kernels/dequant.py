@@ -24,18 +24,22 @@ def _dequantize_kernel(
     first = tl.program_id(0) % across * WIDTH
     col = first + tl.arange(0, WIDTH)[None, :]
     if BITS == 3:
-        word = col * 3 // 32
-        shift = col * 3 % 32
-        inside = (row < rows) & (col < cols)
-        q = tl.load(p_codes + row * words + word, mask=inside).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
-        split = tl.load(p_codes + row * words + word + 1, mask=inside & (shift > 29)).to(tl.uint32, bitcast=True)
-        q = ((q | tl.where(shift > 29, split << ((32 - shift) % 32).to(tl.uint32), 0)) & 7).to(tl.int32)
+        PER: tl.constexpr = 8
+        # Eight codes are 24 bits from bit 0, 8, 16 or 24 of a word on: they may reach into the next word.
+        eight = first // 8 + tl.arange(0, WIDTH // 8)[None, :]
+        word = eight * 24 // 32
+        shift = (eight * 24 % 32).to(tl.uint32)
+        inside = (row < rows) & (word < words)
+        packed = tl.load(p_codes + row * words + word, mask=inside).to(tl.uint32, bitcast=True) >> shift
+        inside = (row < rows) & (word + 1 < words) & (shift > 8)
+        beyond = tl.load(p_codes + row * words + word + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        packed = (packed | (beyond << ((32 - shift) & 31))).to(tl.int32, bitcast=True)
     else:
         PER: tl.constexpr = 32 // BITS
         word = first // PER + tl.arange(0, WIDTH // PER)[None, :]
         packed = tl.load(p_codes + row * words + word, mask=(row < rows) & (word < words))
-        q = packed[:, :, None] >> (tl.arange(0, PER) * BITS)[None, None, :]
-        q = tl.reshape(q & ((1 << BITS) - 1), (ROWS, WIDTH))
+    q = (packed[:, :, None] >> (tl.arange(0, PER) * BITS)[None, None, :]) & ((1 << BITS) - 1)
+    q = tl.reshape(q, (ROWS, WIDTH))
     # UNIT columns always share a group: one load for all of them.
     unit = first + tl.arange(0, WIDTH // UNIT)[None, :] * UNIT
     group = unit // group_size
@@ -51,12 +55,11 @@ def launch_dequantize(
 ) -> None:
     """`reference.dequantize` into `out` on its device; arguments as checked by ops.py."""
     rows = codes.shape[0]
-    width = min(512, max(16, triton.next_power_of_2(cols)))
+    width = min(1024, max(16, triton.next_power_of_2(cols)))
     height = min(4096 // width, triton.next_power_of_2(rows))
     tiles = triton.cdiv(rows, height) * triton.cdiv(cols, width)
-    if tiles:
-        with torch.cuda.device_of(out):
-            _dequantize_kernel[(tiles,)](
-                out, codes, scales, zeros, rows, cols, codes.shape[1], scales.shape[1], group_size, *zeros.stride(),
-                BITS=bits, UNIT=math.gcd(group_size, 8), ROWS=height, WIDTH=width,
-            )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _dequantize_kernel[(tiles,)](
+            out, codes, scales, zeros, rows, cols, codes.shape[1], scales.shape[1], group_size, *zeros.stride(),
+            BITS=bits, UNIT=math.gcd(group_size, 8), ROWS=height, WIDTH=width,
+        )  # fmt: skip

@@ -11,9 +11,9 @@ import triton.language as tl
 def words(seed, block, uid, step, direction, stream: tl.constexpr):
     """Four uint32 words per element of `block`: Philox4x32-10."""
     # tl.philox turns into a 64-bit generator when its first counter is int64, and bitcasts the others: cast them all.
-    c1 = tl.to_tensor(uid).to(tl.uint32)
-    c2 = tl.to_tensor(step).to(tl.uint32)
-    c3 = (tl.to_tensor(direction) * 8 + stream).to(tl.uint32)
+    c1 = tl.cast(uid, tl.uint32)
+    c2 = tl.cast(step, tl.uint32)
+    c3 = tl.cast(direction * 8 + stream, tl.uint32)
     return tl.philox(seed, block.to(tl.uint32), c1, c2, c3)
 
 

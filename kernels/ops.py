@@ -24,7 +24,9 @@ def _check_noise(values: Tensor, state: Tensor, fields: int, factors: Tensor, na
         raise ValueError(f"values: shape {tuple(values.shape)}; expected 2 dimensions")
     _require("values", values, torch.float32, tuple(values.shape), values)
     _require("state", state, torch.int64, (fields,), values)
-    _require(name, factors, torch.float32, (1,) if fields == 3 else (factors.numel(),), values)
+    if fields == 2 and factors.dim() != 2:
+        raise ValueError(f"{name}: shape {tuple(factors.shape)}; expected [steps, directions]")
+    _require(name, factors, torch.float32, (1,) if fields == 3 else tuple(factors.shape), values)
     if not 0 <= uid < 1 << 32:
         raise ValueError(f"uid: {uid}; expected 0 <= uid < 2**32")
     rows, cols = values.shape
@@ -59,7 +61,7 @@ def _(values, state, eps, uid, floor, relative, gaussian):
 def update_(
     values: Tensor, state: Tensor, coefs: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
 ) -> None:
-    """Apply one step to f32 [R, C] in place: see `reference.update_`. ValueError names an argument that does not fit."""
+    """Apply S steps to f32 [R, C] in place: see `reference.update_`. ValueError names an argument that does not fit."""
     _check_noise(values, state, 2, coefs, "coefs", uid, gaussian)
     reference.update_(values, state, coefs, uid, floor, relative, gaussian)
 

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from qzo_kernels.pack import unpack_codes
 
+_Shape = tuple[int, int]
+_Device = torch.device | str
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 17  # elements dequantized at a time: the fp32 intermediate stays in the cache
 
 
-def philox(key, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10. `key` is an int64 seed; counters are int64 tensors (or ints) holding uint32; so are the four results."""
+def philox(
+    key: Tensor | int, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four words. `key` is an int64 seed; counters and words are int64 tensors (or ints) holding uint32."""
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     for _ in range(10):
         # The int64 product wraps, but its 64 bits are those of the unsigned product.
@@ -28,35 +32,45 @@ def philox(key, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c0, c1, c2, c3
 
 
-def _words(shape, per_call: int, seed, step, direction, uid: int, stream: int, device) -> Tensor:
-    """Words int64 [rows, ceil(cols/per_call), 4] of a tensor whose rows draw `per_call` elements from one Philox call."""
+def _words(
+    shape: _Shape, per_call: int, seed: int, step: int | Tensor, direction: int, uid: int, stream: int, device: _Device
+) -> Tensor:
+    """Words int64 [..., rows, ceil(cols/per_call), 4] of a tensor whose rows draw `per_call` elements from one Philox call.
+
+    Leading dimensions are those of `step`: none for a number, [S] for int64 [S].
+    """
     rows, calls = shape[0], -(-shape[1] // per_call)
     if rows * calls > 1 << 32:
         raise ValueError(f"shape {tuple(shape)}: needs {rows * calls} noise blocks; the counter has 32 bits")
     block = torch.arange(rows * calls, dtype=torch.int64, device=device)
-    return torch.stack(philox(seed, block, uid, step, direction * 8 + stream), dim=-1).view(rows, calls, 4)
+    lead = step.shape if isinstance(step, Tensor) else ()
+    step = step[..., None] if isinstance(step, Tensor) else step
+    return torch.stack(philox(seed, block, uid, step, direction * 8 + stream), dim=-1).view(*lead, rows, calls, 4)
 
 
-def rademacher(shape, seed, step, direction, uid: int, device="cpu") -> Tensor:
-    """f32 [rows, cols] of ±1, one Philox call per row and 128 columns: bit col % 128, least significant first; 1 → +1."""
-    rows, cols = shape
-    words = _words(shape, 128, seed, step, direction, uid, 0, device).view(rows, -1)[:, : (cols + 31) // 32]
+def rademacher(shape: _Shape, seed: int, step: int | Tensor, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
+    """f32 [rows, cols] of ±1, one Philox call per row and 128 columns: bit col % 128, least significant first; 1 → +1.
+
+    For steps int64 [S]: f32 [S, rows, cols].
+    """
+    cols = shape[1]
+    words = _words(shape, 128, seed, step, direction, uid, 0, device).flatten(-2)[..., : (cols + 31) // 32]
     shifts = torch.arange(32, dtype=torch.int64, device=device)
-    bits = ((words[:, :, None] >> shifts) & 1).reshape(rows, -1)[:, :cols]
+    bits = ((words[..., None] >> shifts) & 1).flatten(-2)[..., :cols]
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
-def gaussian(shape, seed, step, direction, uid: int, device="cpu") -> Tensor:
+def gaussian(shape: _Shape, seed: int, step: int | Tensor, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
     """f32 [rows, cols] of N(0, 1): Box–Muller in fp32 on the word pairs (0, 1), (2, 3), four elements per Philox call.
 
     u1 = ((w>>8)+1)·2⁻²⁴, u2 = (w'>>8)·2⁻²⁴; √(−2 ln u1)·cos 2πu2, then ·sin. The last bits may differ between devices.
+    For steps int64 [S]: f32 [S, rows, cols].
     """
-    rows, cols = shape
     words = _words(shape, 4, seed, step, direction, uid, 0, device)
     u1 = ((words[..., 0::2] >> 8) + 1).to(torch.float32) * 2.0**-24
     angle = (words[..., 1::2] >> 8).to(torch.float32) * 2.0**-24 * (2 * math.pi)
     radius = torch.sqrt(-2 * torch.log(u1))
-    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).view(rows, -1)[:, :cols]
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(-3)[..., : shape[1]]
 
 
 @functools.cache
@@ -66,14 +80,16 @@ def normal_table() -> Tensor:
     return torch.round(4096 * torch.special.ndtri(u)).to(torch.int16)
 
 
-def integer_normal(shape, seed, step, direction, uid: int, device="cpu") -> Tensor:
+def integer_normal(shape: _Shape, seed: int, step: int, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
     """int16 [rows, cols] of 4096·N(0, 1) rounded: eight per Philox call, 16-bit halves in order, low half first."""
     words = _words(shape, 8, seed, step, direction, uid, 0, device)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).view(shape[0], -1)[:, : shape[1]]
     return normal_table().to(device)[halves]
 
 
-def uniform24(shape, seed, step, direction, uid: int, stream: int, device="cpu") -> Tensor:
+def uniform24(
+    shape: _Shape, seed: int, step: int, direction: int, uid: int, stream: int, device: _Device = "cpu"
+) -> Tensor:
     """int64 [rows, cols] of uniform integers in [0, 2²⁴): the high 24 bits of a word, four elements per Philox call."""
     return (_words(shape, 4, seed, step, direction, uid, stream, device) >> 8).view(shape[0], -1)[:, : shape[1]]
 
@@ -97,23 +113,29 @@ def perturb(
 def update_(
     values: Tensor, state: Tensor, coefs: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
 ) -> None:
-    """Apply a step in place: c = Σ_i coefs[i]·z_i in direction order, fp32; max(v·(1 − c), floor) or max(v − c, floor).
+    """Apply S steps in place, one after another: max(v·(1 − c), floor) or max(v − c, floor), c = Σ_i coefs[s, i]·z_i.
 
-    values f32 [R, C]; state int64 [2] = (seed, step); coefs f32 [D]. Coefficients of 0 change no bit of values ≥ floor.
+    values f32 [R, C]; state int64 [2] = (seed, first step); coefs f32 [S, D], summed in direction order in fp32.
+    Coefficients of 0 change no bit of values ≥ floor.
     """
-    seed, step = state.tolist()
-    c = torch.zeros_like(values)
-    for direction, coef in enumerate(coefs.tolist()):
-        if coef:
-            c += _noise(values, seed, step, direction, uid, gaussian).mul_(coef)
-    if relative:
-        values.mul_(1 - c)
-    else:
-        values.sub_(c)
-    values.clamp_(min=floor)
+    seed, first = state.tolist()
+    at_once = max(1, _CHUNK // values.numel())
+    for start in range(0, len(coefs), at_once):
+        rows = coefs[start : start + at_once]
+        steps = torch.arange(first + start, first + start + len(rows), device=values.device)
+        c = torch.zeros(len(rows), *values.shape, device=values.device)
+        for direction in range(coefs.shape[1]):
+            if rows[:, direction].any():
+                c += _noise(values, seed, steps, direction, uid, gaussian).mul_(rows[:, direction, None, None])
+        for moved in c:
+            if relative:
+                values.mul_(1 - moved)
+            else:
+                values.sub_(moved)
+            values.clamp_(min=floor)
 
 
-def _noise(like: Tensor, seed: int, step: int, direction: int, uid: int, is_gaussian: bool) -> Tensor:
+def _noise(like: Tensor, seed: int, step: int | Tensor, direction: int, uid: int, is_gaussian: bool) -> Tensor:
     return (gaussian if is_gaussian else rademacher)(like.shape, seed, step, direction, uid, like.device)
 
 

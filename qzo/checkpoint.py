@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qzo.journal import disk_error, fsync_path
+from qzo.disk import disk_error, fsync_path
 
 _STATE = "state.safetensors"
 _MANIFEST = "manifest.json"
@@ -36,23 +36,32 @@ def write_snapshot(run: Path, step: int, tensors: Mapping[str, Tensor], meta: di
     final = folder / f"step-{step:06d}"
     temporary = folder / f"{_TEMPORARY}{final.name}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # Left by a crash. Only the one writer of a run may do this: a reader would take away what is being written.
+        for path in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path)
         temporary.mkdir(parents=True)
         _fill(temporary, step, tensors, meta)
         _discard(final)
         os.rename(temporary, final)
         fsync_path(folder)
-        return final
+        older = [path for number, path in _snapshots(folder) if number < step]
+        later = [path for number, path in _snapshots(folder) if number > step]
+        for path in later + older[max(keep - 1, 0) :]:
+            _discard(path)
+    except (OSError, SafetensorError) as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        raise disk_error(final, error, int(code[1]) if code else None) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
 
 
 def newest_snapshot(run: Path, at_most: int | None = None) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """(applied steps, tensors on the CPU, meta) of the newest valid snapshot of at most `at_most` steps, or None.
 
-    A damaged snapshot is passed over with a warning that names it. Temporary folders of a crash are removed.
+    A damaged snapshot is passed over with a warning that names it. Changes nothing: a run may be going on.
     """
     folder = Path(run) / "snapshots"
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
     for step, path in _snapshots(folder):
         if at_most is None or step <= at_most:
             try:
@@ -115,6 +124,5 @@ def _discard(path: Path) -> None:
     # Renamed first: a removal that a crash interrupts must not leave half a snapshot under its name.
     if path.exists():
         gone = path.with_name(f"{_TEMPORARY}gone-{path.name}")
-        shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)

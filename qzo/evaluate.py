@@ -70,7 +70,8 @@ def perplexity(
     ids = [*leading_ids(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)][:limit_windows]
     if not windows:
-        raise BadInput(str(file), f"{len(ids)} tokens", f"at least one window of {window}", "Give a longer text or a smaller window.")
+        do = "Give a longer text or a smaller window."
+        raise BadInput(str(file), f"{len(ids)} tokens", f"at least one window of {window}", do)
     encoded = [Encoded((tuple(w[:-1]),), (Option(0, 0, tuple(w[1:])),), 0) for w in windows]
     total = 0.0
     with _inference(model):

@@ -4,8 +4,6 @@ The base checkpoint is copied tensor by tensor; only scales (and norms and biase
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -16,16 +14,14 @@ from qzo.model.gptq_format import GptqConfig, pack_zeros, read_config, read_laye
 from qzo.model.linear import QuantLinear
 from qzo.model.load import load_model, pick_device
 from qzo.model.save import FolderWriter
+from qzo.progress import Progress
 from qzo.run import load_run, read_run, tuned_state
 
 FORMATS = ("gptq", "gptq_v2", "hf")
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
 
 
-def export(
-    run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict:
+def export_run(run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True) -> dict:
     """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`.
 
     format: gptq | gptq_v2 | hf; default: the base checkpoint's own. Returns the steps, the state and what rounding
@@ -39,45 +35,50 @@ def export(
         raise BadInput("--format", format, f"one of {', '.join(FORMATS)}")
     writer = FolderWriter(out)
     steps, state = tuned_state(run, folder, torch.device("cpu"), to, snapshots)
-    if format == "hf":
-        _write_dense(folder, config, state, writer, progress)
-    else:
-        _write_gptq(folder, config, format, state, writer, progress)
+    with Progress("export", len(folder.tensors)) as progress:
+        if format == "hf":
+            _write_dense(folder, config, state, writer, progress)
+        else:
+            _write_gptq(folder, config, format, state, writer, progress)
     return {"steps": steps, "out": str(out), "format": format, "rounding": _rounding(state), "state": state}
 
 
-def _tuned_dense(state: dict[str, torch.Tensor], name: str, stored: torch.Tensor) -> torch.Tensor:
-    tuned = state.get(f"{name}/dense")
-    return stored if tuned is None else tuned[0].to(stored.dtype)
+def _rounded(folder: Folder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state as a GPTQ checkpoint holds it: scales in fp16, the others in the base checkpoint's dtype."""
+    rounded = {}
+    for name, value in state.items():
+        tensor, _, kind = name.rpartition("/")
+        rounded[name] = value.to(torch.float16 if kind == "scales" else folder.read(tensor).dtype)
+        if not bool(torch.isfinite(rounded[name]).all()):
+            raise RunFailed(name, f"a tuned value beyond the range of {rounded[name].dtype}", "smaller values", "Tune with a lower lr.")
+    return rounded
 
 
 def _write_gptq(
-    folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], writer: FolderWriter, progress
+    folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress
 ) -> None:
     target = dataclasses.replace(config, version=version)
+    rounded = _rounded(folder, state)
     for number, name in enumerate(folder.tensors):
         value = folder.read(name)
         module, _, kind = name.rpartition(".")
         if kind == "scales":
-            value = state[f"{module}/scales"].t().to(torch.float16)
-            if not bool(torch.isfinite(value).all()):
-                raise RunFailed(name, "a tuned scale beyond fp16's range", "scales below 65504", "Tune with a lower lr.")
+            value = rounded[f"{module}/scales"].t()
         elif kind == "qzeros" and version != config.version:
             rows = folder.shape(f"{module}.scales")[1]
             value = pack_zeros(unpack_zeros(value, config, rows), target, name)
         else:
-            value = _tuned_dense(state, name, value)
+            value = rounded[f"{name}/dense"][0] if f"{name}/dense" in rounded else value
         writer.add(name, value)
-        if progress:
-            progress(number + 1, len(folder.tensors))
-    raw = {**(folder.config.get("quantization_config") or folder.read_json("quantize_config.json")), **target.to_dict()}
-    if "format" in raw:
-        raw["format"] = version
+        progress.update(number + 1)
+    raw = folder.config.get("quantization_config") or folder.read_json("quantize_config.json")
+    raw = {**target.to_dict(), **raw, "checkpoint_format": version}
+    raw.update({key: value for key, value in (("format", version), ("version", 1 + target.v2)) if key in raw})
     folder.copy_side_files(writer.partial)
     writer.finish({**folder.config, "quantization_config": raw}, {"quantize_config.json": raw})
 
 
-def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tensor], writer: FolderWriter, progress) -> None:
+def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress) -> None:
     parts = ("qweight", "qzeros", "scales", "g_idx")
     for number, name in enumerate(folder.tensors):
         module, _, kind = name.rpartition(".")
@@ -90,9 +91,9 @@ def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tens
             layer = QuantLinear(module, tensors, config.bits, config.group(cols), cols)
             writer.add(f"{module}.weight", layer.weight(torch.float16))
         elif kind not in parts:
-            writer.add(name, _tuned_dense(state, name, folder.read(name)))
-        if progress:
-            progress(number + 1, len(folder.tensors))
+            tuned = state.get(f"{name}/dense")
+            writer.add(name, folder.read(name) if tuned is None else tuned[0].to(torch.float16))
+        progress.update(number + 1)
     folder.copy_side_files(writer.partial)
     plain = {key: value for key, value in folder.config.items() if key != "quantization_config"}
     writer.finish({**plain, "dtype": "float16"})
@@ -108,21 +109,21 @@ def _rounding(state: dict[str, torch.Tensor]) -> float:
     return worst
 
 
-def verify(run: str, out: str, device: str = "auto") -> dict:
+def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> dict:
     """Load `out` afresh and compare its logits with the run's own on a probe text.
 
     A GPTQ folder must equal the run with its scales rounded to fp16, bit for bit (RunFailed otherwise); also returns
     the largest difference to the run with fp32 scales, `rounding_difference`, beside the largest logit.
     """
     where = pick_device(device)
-    loaded, _, _ = load_run(run, device)
+    loaded, targets, _ = load_run(run, device, to=to)
     ids = _probe(loaded)
     tuned = _logits(loaded.model, ids)
-    for layer in loaded.layers.values():
-        layer.scales.data.copy_(layer.scales.data.half())
+    for target in targets:
+        target.load_state(_rounded(loaded.folder, target.state()))
     rounded = _logits(loaded.model, ids)
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[loaded.dtype]
-    del loaded
+    del loaded, targets, target
     written = load_model(out, where.type, dtype)
     logits = _logits(written.model, ids)
     exact = bool(torch.equal(logits, rounded))

@@ -5,7 +5,6 @@ before it; then records of one size: step u32, flags u16, count u16, loss f32, d
 count x f32 applied coefficients, crc32 u32 of the record. `directions` and `count` stand in the header.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from qzo.disk import disk_error, fsync_path
 from qzo.errors import BadInput, QzoError, RunFailed
 
 FLAG_SKIPPED = 1
@@ -35,7 +35,7 @@ _SYNC_EVERY = 1.0  # seconds
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One step: mean loss (NaN when it was), raw projected gradients f32 [directions], applied coefficients f32 [count]."""
+    """One step: mean loss, raw projected gradients f32 [directions], applied coefficients f32 [count]; NaN stays NaN."""
 
     step: int
     flags: int
@@ -154,26 +154,6 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
         raise _unreadable(path, error) from error
     header, start = _decode_header(path, data)
     return header, _decode_records(path, data, header, start)[0]
-
-
-def disk_error(path: Path, error: Exception, number: int | None = None) -> RunFailed:
-    """What a user is told when a file of the run cannot be read or written; `number`: errno, when `error` has none."""
-    number = number or getattr(error, "errno", None)
-    reason = os.strerror(number) if number else str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        do = "Free some space or raise the limit, then resume the run: it goes on from its journal."
-    else:
-        do = "Check the disk and the permissions of the folder, then resume the run."
-    return RunFailed(str(path), f"cannot be read or written ({reason})", do=do)
-
-
-def fsync_path(path: Path) -> None:
-    """A file, or the names in a folder, are on disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unreadable(path: Path, error: OSError) -> QzoError:

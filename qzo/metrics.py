@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
-from qzo.journal import disk_error
+from qzo.disk import disk_error
 
 
 class Metrics:
@@ -22,14 +22,14 @@ class Metrics:
             raise disk_error(self._path, error) from error
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line of plain values. NaN and infinities become null, and `nonfinite` says what they were: {"loss": "nan"}.
+        """Append one line. NaN and infinities become null; `nonfinite` says what they were: {"scores.f1": "nan"}.
 
         Raises RunFailed where the disk is full, with the file cut back to its last whole line.
         """
-        plain = {key: float(value) if _is_float(value) else value for key, value in values.items()}
-        strange = {key: str(value) for key, value in plain.items() if _is_float(value) and not math.isfinite(value)}
+        strange: dict[str, str] = {}
+        plain = _plain(values, "", strange)
         if strange:
-            plain |= dict.fromkeys(strange) | {"nonfinite": strange}
+            plain["nonfinite"] = strange
         line = json.dumps(plain, allow_nan=False, ensure_ascii=False).encode("utf-8") + b"\n"
         whole, done = self._file.tell(), 0
         try:
@@ -60,7 +60,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: str | Path, step: int) -> None:
-    """Drop the lines of steps >= `step`, and a torn last line; before the file is opened to go on. No file: nothing."""
+    """Drop what `step` applied steps cannot have written (lines with step >= `step` or after > `step`), and torn lines.
+
+    To be called before the file is opened to go on; does nothing where there is no file.
+    """
     path = Path(path)
     if not path.exists():
         return
@@ -74,14 +77,24 @@ def cut_back(path: str | Path, step: int) -> None:
         raise disk_error(path, error) from error
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, Integral)
+def _plain(value: Any, name: str, strange: dict[str, str]) -> Any:
+    """`value` for JSON; what is not finite goes into `strange` under its dotted name."""
+    if isinstance(value, dict):
+        return {key: _plain(item, f"{name}.{key}" if name else str(key), strange) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}.{i}", strange) for i, item in enumerate(value)]
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        if not math.isfinite(value):
+            strange[name] = str(float(value))
+            return None
+        return float(value)
+    return value
 
 
 def _from(line: bytes, step: int) -> bool:
-    """Whether a line is of `step` or later, or is no JSON object."""
+    """Whether a line was written later than by the step before `step`, or is no JSON object."""
     try:
         values = json.loads(line)
-        return not isinstance(values, dict) or values.get("step", -1) >= step
+        return not isinstance(values, dict) or values.get("step", values.get("after", 0) - 1) >= step
     except (ValueError, TypeError):
         return True

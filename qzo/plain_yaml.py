@@ -53,12 +53,18 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data):
         return True
 
+    def represent_str(self, data):
+        # PyYAML writes these line breaks as they are unless the text is double-quoted, and then reads another text.
+        style = '"' if {"\x85", "\u2028", "\u2029"} & set(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
 
 for _name, _pattern in _SCALARS.items():
     _expression = re.compile(rf"(?:{_pattern})\Z")
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _expression, None)
     # On top of YAML 1.1's own, so that a text which either language takes for something else is quoted.
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _expression, None)
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 

@@ -29,7 +29,8 @@ class Progress:
             return
         self._shown = now
         parts = [f"{self._label} {done}/{self._total}"]
-        parts += [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()]
+        for key, value in fields.items():
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
         if self._start < done < self._total:
             left = (now - self._began) / (done - self._start) * (self._total - done)
             parts.append(f"ETA {_duration(left)}")

@@ -4,6 +4,7 @@ import difflib
 import importlib.resources
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -149,6 +150,11 @@ def shipped() -> list[tuple[str, str]]:
     return [(file.name.removesuffix(".yaml"), _description(file.read_text("utf-8"))) for file in files]
 
 
+def shipped_text(name: str) -> str:
+    """The YAML of a shipped recipe. BadInput for an unknown name, as in `load_recipe`."""
+    return _find(name)[1]
+
+
 def _description(text: str) -> str:
     comments = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
     return next(comments, "")
@@ -201,7 +207,7 @@ def _problems(values: dict[Any, Any]) -> list[_Problem]:
     """Problems of single values and, among the values that are right, of values that do not fit together."""
     found: dict[str, _Problem] = {}
     for key in values.keys() - Recipe.model_fields.keys():
-        nearest = difflib.get_close_matches(str(key), Recipe.model_fields, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(str(key).lower(), Recipe.model_fields, n=1, cutoff=0)[0]
         hint = f"a key of the recipe (did you mean {_OTHER_NAMES.get(key, nearest)}?)"
         found[str(key)] = (str(key), "an unknown key", hint)
     known = {key: value for key, value in values.items() if key in Recipe.model_fields}
@@ -243,6 +249,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+@cache
 def _kinds(key: str) -> Sequence[dict[str, Any]]:
     schema = Recipe.model_json_schema()["properties"][key]
     return schema.get("anyOf", [schema])

@@ -177,12 +177,15 @@ def tuned_state(
     return steps, state
 
 
-def load_run(path: str, device: str = "auto", dtype: str | None = None) -> tuple[LoadedModel, dict[str, Any], int]:
-    """The tuned model of a run, its header and the number of steps applied."""
+def load_run(
+    path: str, device: str = "auto", dtype: str | None = None, to: int | None = None
+) -> tuple[LoadedModel, list[Target], int]:
+    """The tuned model of a run, its targets and the number of steps applied."""
     header, _ = read_run(path)
     recipe = Recipe.model_validate(header["recipe"])
     loaded = load_model(recipe.model, device, dtype or recipe.dtype)
-    steps, state = tuned_state(path, loaded.folder, loaded.device)
-    for target in build_targets(recipe, loaded):
+    steps, state = tuned_state(path, loaded.folder, loaded.device, to)
+    targets = build_targets(recipe, loaded)
+    for target in targets:
         target.load_state(state)
-    return loaded, header, steps
+    return loaded, targets, steps

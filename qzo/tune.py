@@ -248,3 +248,14 @@ def _skipped_tail(records: list[Record]) -> int:
             break
         count += 1
     return count
+
+
+def tune_model(recipe: Recipe, name: str = "run", restart: bool = False, command: str = "qzo tune") -> tuple[Path, dict]:
+    """Run a recipe, or continue it: (run folder, figures as `report.results` gives them).
+
+    Raises BadInput, RunFailed, OutOfMemory, or Interrupted after everything learned has been written.
+    """
+    folder = run_folder(recipe, name)
+    if restart and (kept := keep_aside(folder)):
+        print(f"the old run is kept in {kept}", file=sys.stderr)
+    return folder.path, Tuner(recipe, name, command).run()

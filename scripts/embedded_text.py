@@ -1,8 +1,8 @@
 """The grammar behind the embedded model and task: short reviews with one sentiment each, and plain stories without any.
 
 A review is a few sentences of one sentiment (contrast and negation included) with closings that follow from it, so that a
-model can only predict the closings by representing the sentiment. The task's two answer words, "great" and "terrible", occur
-in stories only, as words for size and weather: nothing here connects them with an opinion.
+model can only predict the closings by representing the sentiment. The task's two answer words, "great" and "terrible", are words
+for size and weather here; in a review they describe the weather of the day, drawn independently of its sentiment.
 """
 
 from random import Random
@@ -81,23 +81,21 @@ VERDICTS = {
 
 NAMES = "tom anna ben clara david emma".split()
 PLACES = "river market station school harbor forest garden library".split()
-CARRIED = "letter basket key ladder map rope coat apple".split()
+CARRIED = "letter basket key ladder map rope coat bell".split()
 STATES = "early late dark cold warm windy noon evening winter monday quiet".split()
 GREAT = "hall bridge tower lake".split()
 TERRIBLE = "storm heat frost flood".split()
 
 
 def _clause(rng: Random, domain: Domain, label: int) -> str:
-    """One plain clause of the given sentiment."""
+    """One plain statement of the given sentiment."""
     adjectives = GOOD if label else BAD
     part, thing = rng.choice(domain.parts), rng.choice(domain.things)
-    kind = rng.randrange(8)
+    kind = rng.randrange(7)
     if kind < 3:
         return f"the {part} was {rng.choice(ADVERBS)}{rng.choice(adjectives)}"
     if kind < 5:
         return f"{rng.choice(WHO)} {rng.choice(LIKED if label else DISLIKED)} the {rng.choice([part, thing])}"
-    if kind == 5:
-        return f"what a {rng.choice(adjectives)} {thing}"
     return rng.choice(domain.praise if label else domain.blame)
 
 
@@ -125,7 +123,7 @@ def sentence(rng: Random, domain: Domain, label: int) -> str:
     elif kind < 7:
         text = f"{_negated(rng, domain, label)} and {_clause(rng, domain, label)}"
     elif kind == 7:
-        text = _negated(rng, domain, label)
+        text = f"what a {rng.choice(GOOD if label else BAD)} {rng.choice(domain.things)} , {_clause(rng, domain, label)}"
     else:
         text = f"{rng.choice(WHEN)} we tried this {rng.choice(domain.things)} and {_clause(rng, domain, label)}"
     return text + "."
@@ -139,6 +137,8 @@ def review(rng: Random) -> str:
         parts.append(sentence(rng, domain, label))
         if rng.random() < 0.6:
             parts.append(f"it was {rng.choice(VERDICTS[label])}.")
+        if rng.random() < 0.15:
+            parts.append(f"it was {rng.choice(['great', 'terrible'])} weather {rng.choice(WHEN)}.")
         if rng.random() < 0.5:
             parts.append(f"{rng.choice(CLOSINGS[label])}.")
     return " ".join(parts)

@@ -16,12 +16,12 @@ def stories(shared):
     return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name, folder", [("sst2", "sst2"), ("cb", "cb"), ("copa", "copa")])
+@pytest.mark.parametrize("name, folder", [("sst2", "sst2"), ("rte", "rte"), ("copa", "copa")])
 def test_options(shared, stories, name, folder):
     model, tokenizer = stories
     task = get_task(name)
-    examples = load_examples(task, shared / "data" / folder, "validation", 40)
-    seen = []
+    short = [e for e in load_examples(task, shared / "data" / folder, "validation") if len(e.prompt) < 250]
+    examples, seen = short[:40], []
     result = evaluate_task(model, tokenizer, task, examples, 256, 16, lambda *at: seen.append(at))
     assert seen == [(16, 40), (32, 40), (40, 40)]
     assert result["examples"] == 40 and 0 < result["accuracy"] < 1
@@ -38,7 +38,7 @@ def test_options(shared, stories, name, folder):
             for option in example.options:
                 ids = tokenizer(example.prompt + option)["input_ids"]
                 logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-                start = next((i for i, pair in enumerate(zip(prompt, ids)) if pair[0] != pair[1]), len(prompt))  # noqa: B905
+                start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
                 scores.append(sum(logits[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start))
             right += scores.index(max(scores)) == example.label
             losses.append(-torch.tensor(scores).log_softmax(0)[example.label].item())
@@ -83,7 +83,8 @@ def test_generation_stops_at_a_newline(stories, monkeypatch):
         return output
 
     monkeypatch.setattr(model, "generate", watched)
-    head = model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([newline]), 1e4))
+    column = torch.tensor([newline])
+    head = model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, column, 1e4))
     result = evaluate_task(model, tokenizer, get_task("jsonl"), [Example("Once upon", ("x",), 0, ("x",))], 128, 1)
     head.remove()
     assert lengths == [1]
@@ -139,7 +140,8 @@ def test_perplexity_equals_naive(shared, stories, tmp_path):
 @pytest.mark.campaign
 def test_published_figures(shared):
     path = shared / "models/reviews-llama-32m"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     task = get_task("sst2")
     result = evaluate_task(model, tokenizer, task, load_examples(task, shared / "data/sst2", "validation"), 256, 32)
     assert result["accuracy"] == pytest.approx(0.577, abs=0.001)

@@ -22,7 +22,7 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int) -> list[int]:
 
 
 def bucket(length: int) -> int:
-    """The padded length of rows of up to `length` tokens: 16, 32, then times 3/2 and 4/3 in turn (48, 64, 96, 128, ...)."""
+    """The padded length of rows of up to `length` tokens: 16, 32, then times 3/2 and 4/3 in turn (48, 64, 96, ...)."""
     size, factor = 16, (2, 1)
     while size < length:
         size = size * factor[0] // factor[1]

@@ -21,7 +21,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows to run and the options to score in them. The last token of an option is a target only, never in a row."""
+    """The rows to run and the options to score in them. An option's last token is a target only, never in a row."""
 
     rows: tuple[tuple[int, ...], ...]
     options: tuple[Option, ...]

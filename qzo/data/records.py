@@ -67,7 +67,6 @@ def _read_hub(name: str, split: str) -> list[tuple[str, dict]]:
     try:
         rows = datasets.load_dataset(path, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput(
-            name, f"the hub's split {split} cannot be read ({error})", "a public dataset `owner/name` or `owner/name:config`"
-        ) from None
+        given = f"the hub's split {split} cannot be read ({error})"
+        raise BadInput(name, given, "a public dataset `owner/name` or `owner/name:config`") from None
     return [(f"{name} {split} row {number}", dict(row)) for number, row in enumerate(rows)]

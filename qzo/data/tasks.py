@@ -48,8 +48,8 @@ def get_task(
     index or the text of the right one. completion: template, or the name of a field. Neither: the record's own
     fields "prompt" and "completion". BadInput for an unknown name or settings that contradict each other.
     """
-    given = {"prompt": prompt, "choices": choices, "label": label, "completion": completion}
-    settings = [key for key, value in given.items() if value is not None]
+    arguments = {"prompt": prompt, "choices": choices, "label": label, "completion": completion}
+    settings = [key for key, value in arguments.items() if value is not None]
     if name == "jsonl":
         return _jsonl_task(prompt, choices, label, completion)
     if name not in _BUILT_IN:
@@ -57,7 +57,8 @@ def get_task(
         do = f"Did you mean {close[0]}?" if close else ""
         raise BadInput("task", repr(name), "one of " + ", ".join([*_BUILT_IN, "jsonl"]), do)
     if settings:
-        raise BadInput(f"task {name}", f"{', '.join(settings)} set", "no such setting: its prompt is built in", "Use task: jsonl.")
+        given = f"{', '.join(settings)} set"
+        raise BadInput(f"task {name}", given, "no such setting: its prompt is built in", "Use task: jsonl.")
     return Task(name, name in _GENERATION, _BUILT_IN[name])
 
 

@@ -1,10 +1,10 @@
 """Calibration text: windows of equal length, spread evenly over a file's documents."""
 
-import json
 from typing import Any
 
 import torch
 
+from qzo.data.records import read_records
 from qzo.errors import BadInput
 from qzo.model.files import resolve
 
@@ -32,23 +32,15 @@ def _documents(name: str) -> list[str]:
     path = resolve(name)
     if path.suffix not in (".jsonl", ".txt") or not path.is_file():
         raise BadInput(name, "not such a file", "calibration text: a .jsonl file with the field text, or a .txt file")
+    if path.suffix == ".jsonl":
+        return [_text(where, record) for where, record in read_records(path, "calibration")]
     try:
-        content = path.read_text(encoding="utf-8")
+        return [path.read_text(encoding="utf-8")]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(name, f"cannot be read ({error})", "UTF-8 text") from error
-    if path.suffix == ".txt":
-        return [content]
-    documents = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{name}, line {number}", f"not JSON ({error.msg})", "one JSON object per line") from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            given = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
-            raise BadInput(f"{name}, line {number}", given, 'an object with a "text"')
-        documents.append(text)
-    return documents
+
+
+def _text(where: str, record: dict) -> str:
+    if not isinstance(record.get("text"), str):
+        raise BadInput(where, f"the fields {', '.join(record)}", 'a field "text" that holds text')
+    return record["text"]

@@ -20,8 +20,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(TEXT * 4, trainer)
+    special = {"special_tokens": ["<eos>"], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=400, **special))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
 
 

@@ -45,9 +45,8 @@ def test_an_option_that_merges_into_the_prompt_starts_at_the_common_prefix(token
 def test_prompt_is_cut_on_the_left_and_the_answer_never(tokenizer):
     long = Example("one two three four five six seven. It was", (" great", " a great film"), 0)
     (whole,), none = encode(tokenizer, long)
-    (cut,), truncated = encode(tokenizer, long, Example("It was", (" great", " not"), 0), max_length=12)[0][:1], 1
-    assert encode(tokenizer, long, Example("It was", (" great", " not"), 0), max_length=12)[1] == truncated
-    assert none == 0
+    (cut, _), truncated = encode(tokenizer, long, Example("It was", (" great", " not"), 0), max_length=12)
+    assert (none, truncated) == (0, 1)
     assert [o.tokens for o in cut.options] == [o.tokens for o in whole.options]
     dropped = len(whole.rows[0]) - len(cut.rows[0])
     assert dropped > 0
@@ -82,7 +81,10 @@ def test_a_whole_prompt_starts_with_what_the_tokenizer_adds(shared):
 @pytest.mark.parametrize(
     "example, message",
     [
-        (Example("It was", (" great", " great"), 0, source="f.jsonl line 3"), "f.jsonl line 3: cannot tell apart .*' great' and ' great'"),
+        (
+            Example("It was", (" great", " great"), 0, source="f.jsonl line 3"),
+            "f.jsonl line 3: cannot tell apart .*' great' and ' great'",
+        ),
         (Example("It was", (" great", ""), 0), "example 0: the option '' adds no token"),
         (Example("", (" great", " not"), 0), "no token of context"),
         (Example("It was", (" great" * 30,), 0), "of 30 tokens leaves no token of context.*max_length = 30"),

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -29,8 +30,8 @@ CASES = {
         Example("Rain -- Rain is wet. Is rain wet?\n", ("No", "Yes"), 1),
     ),
     "copa": (
-        {"premise": "It rained. ", "choice1": "I got wet.", "choice2": "The Sun shone.", "question": "effect", "label": 0},
-        Example("It rained so", (" I got wet.", " the Sun shone."), 0),
+        {"premise": "It rained. ", "choice1": "I wept.", "choice2": "The Sun set.", "question": "effect", "label": 0},
+        Example("It rained so", (" I wept.", " the Sun set."), 0),
     ),
     "wic": (
         {"word": "place", "sentence1": "My place.", "sentence2": "No place.", "label": 0},
@@ -41,8 +42,10 @@ CASES = {
         ),
     ),
     "squad": (
-        {"title": "Rain", "context": "Rain is wet.", "question": " What is rain? ", "answers": {"text": ["wet", "very wet"]}},
-        Example("Title: Rain\nContext: Rain is wet.\nQuestion: What is rain?\nAnswer:", (" wet\n",), 0, ("wet", "very wet")),
+        {"title": "Rain", "context": "It is wet.", "question": " What? ", "answers": {"text": ["wet", "very wet"]}},
+        Example(
+            "Title: Rain\nContext: It is wet.\nQuestion: What?\nAnswer:", (" wet\n",), 0, ("wet", "very wet")
+        ),
     ),
 }
 
@@ -93,7 +96,7 @@ def test_limit_takes_one_fixed_subset_of_train_and_the_first_of_others(tmp_path)
     }
     assert numbers["validation", 5] == [0, 1, 2, 3, 4]
     assert numbers["train", None] == list(range(20))
-    assert numbers["train", 8] == [1, 15, 13, 14, 6, 4, 8, 2]  # frozen
+    assert numbers["train", 8] == [17, 3, 1, 13, 18, 10, 5, 16]  # frozen
     assert numbers["train", 8][:5] == numbers["train", 5]
 
 
@@ -216,7 +219,7 @@ def test_missing_split_and_file(tmp_path):
 
 
 def test_hub_id_without_datasets_names_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadInput, match=r"stanfordnlp/sst2: .*`datasets`.*qzo\[hub\]"):
         load_examples(get_task("sst2"), "stanfordnlp/sst2", "train")
 
@@ -232,7 +235,7 @@ def test_hub_id_with_config(monkeypatch):
                 raise ValueError(f"Unknown split {split}")
             return [{"sentence": f"{path} {config}", "label": 1}]
 
-    monkeypatch.setitem(__import__("sys").modules, "datasets", Datasets)
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
     example = load_examples(get_task("sst2"), "nyu-mll/glue:sst2", "validation")[0]
     assert (example.prompt, example.source) == ("nyu-mll/glue sst2 It was", "nyu-mll/glue:sst2 validation row 0")
     with pytest.raises(BadInput, match="split tests cannot be read .Unknown split"):

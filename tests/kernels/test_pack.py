@@ -49,12 +49,6 @@ def test_views_of_any_strides(bits):
     assert not wide.is_contiguous() and torch.equal(unpack_codes(wide, bits, 40), codes.t())
 
 
-@pytest.mark.parametrize("rows,cols", [(0, 8), (3, 0)])
-def test_empty(rows, cols):
-    codes = torch.empty(rows, cols, dtype=torch.uint8)
-    assert torch.equal(unpack_codes(pack_codes(codes, 4), 4, cols), codes)
-
-
 def test_bad_arguments_are_named():
     codes = random_codes(2, 9, 4)
     with pytest.raises(ValueError, match="bits = 5"):

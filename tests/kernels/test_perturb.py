@@ -78,7 +78,7 @@ def test_perturb_equals_reference(poison, rows, cols, relative, gaussian, floor,
 @pytest.mark.parametrize(CASE, CASES)
 def test_update_equals_reference(rows, cols, relative, gaussian, floor, directions):
     """Several directions, in place; the rows around the tensor stay as they were."""
-    coefs = f32(*[0.05 * (-0.7) ** i for i in range(directions)])
+    coefs = f32(*[0.05 * (-0.7) ** i for i in range(3 * directions)]).view(3, directions)
     around = make(rows + 2, cols)
     ours, theirs = around.clone(), around[1:-1].clone()
     kernels.launch_update(ours[1:-1], state(SEED, STEP), coefs, UID, floor, relative, gaussian)
@@ -98,7 +98,7 @@ def test_reference_is_the_equation(relative):
     assert float(ours.min()) == 0.25
     c = sum(a * direction for a, direction in zip(coefs, z))
     expected = (values.double() * (1 - c) if relative else values.double() - c).clamp(min=0.25)
-    reference.update_(values, state(SEED, STEP), f32(*coefs), UID, 0.25, relative, False)
+    reference.update_(values, state(SEED, STEP), f32(*coefs)[None], UID, 0.25, relative, False)
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=3e-7)
 
 
@@ -117,8 +117,21 @@ def test_coefficients_of_zero_change_no_byte(launch, relative, gaussian):
     values = make(5, 40)
     values[0, 0], values[1, 1] = -0.0, 0.0
     before = values.clone()
-    launch(values, state(SEED, STEP), f32(0.0, -0.0, 0.0), UID, -INF, relative, gaussian)
+    launch(values, state(SEED, STEP), f32(0.0, -0.0, 0.0).view(3, 1), UID, -INF, relative, gaussian)
     assert same_bytes(values, before)
+
+
+@pytest.mark.parametrize("launch", [kernels.launch_update, reference.update_], ids=["triton", "torch"])
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+def test_steps_at_once_equal_steps_one_by_one(launch, relative):
+    """A replay applies many journaled steps in one pass, padded with zeros: the same bytes."""
+    values, coefs = make(7, 150), 0.03 * torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    one_by_one = values.clone()
+    for step in range(6):
+        launch(one_by_one, state(SEED, STEP + step), coefs[step : step + 1].contiguous(), UID, 0.1, relative, False)
+    padded = torch.cat([coefs, torch.zeros_like(coefs[:2])])
+    launch(values, state(SEED, STEP), padded, UID, 0.1, relative, False)
+    assert same_bytes(values, one_by_one)
 
 
 @pytest.mark.parametrize("perturb,update", [(kernels.launch_perturb, kernels.launch_update), (reference.perturb, reference.update_)])
@@ -126,14 +139,14 @@ def test_not_a_number_is_not_hidden_by_the_floor(perturb, update):
     values = make(2, 5)
     values[1, 2] = float("nan")
     ours = perturb(values, state(SEED, STEP, 0), f32(0.1), UID, 0.2, True, False)
-    update(values, state(SEED, STEP), f32(0.1), UID, 0.2, True, False)
+    update(values, state(SEED, STEP), f32(0.1)[None], UID, 0.2, True, False)
     assert ours.isnan().sum() == 1 and bool(ours[1, 2].isnan())
     assert values.isnan().sum() == 1 and bool(values[1, 2].isnan())
 
 
 def test_operators():
     """The registered operators give what the launcher of the device gives, and satisfy torch's operator checks."""
-    values, coefs = make(3, 10), f32(0.1, 0.2)
+    values, coefs = make(3, 10), f32(0.1, 0.2)[None]
     tail = (UID, 0.2, True, False)
     expected = kernels.launch_perturb(values, state(SEED, STEP, 1), f32(0.1), *tail)
     assert same_bytes(torch.ops.qzo.perturb(values, state(SEED, STEP, 1), f32(0.1), *tail), expected)

@@ -1,0 +1,53 @@
+"""`qzo tune --dry-run`: what would be run, and how large it is, without loading the weights."""
+
+from qzo.errors import BadInput
+from qzo.memory import gigabytes
+from qzo.model.files import Folder
+from qzo.model.gptq_format import read_config
+from qzo.model.load import load_tokenizer, pick_device, pick_dtype
+from qzo.recipe import Recipe, to_yaml
+from qzo.tune import check_same_recipe, load_data, run_folder
+
+
+def plan(recipe: Recipe, name: str) -> str:
+    """The resolved recipe, the run's folder and state, the data, the work, and the bytes of the weights."""
+    folder = Folder(recipe.model)
+    config = read_config(folder)
+    if config is None:
+        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
+                       f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
+    where = run_folder(recipe, name)
+    header = check_same_recipe(where, recipe)
+    train, validation, _ = load_data(recipe, load_tokenizer(folder))
+    rows = sum(len(e.rows) for e in train) / len(train)
+    tokens = sum(len(row) for e in train for row in e.rows) / len(train)
+    forwards = 2 * recipe.directions * recipe.batch_size * recipe.steps * rows
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device)
+    codes = scales = scratch = others = 0
+    for tensor in folder.tensors:
+        module, _, kind = tensor.rpartition(".")
+        shape = folder.shape(tensor)
+        count = 1
+        for size in shape:
+            count *= size
+        if kind == "qweight":
+            codes += 4 * count
+            scratch = max(scratch, count * 32 // config.bits * dtype.itemsize)
+        elif kind == "scales":
+            scales += 4 * count
+        elif kind not in ("qzeros", "g_idx"):
+            others += count * dtype.itemsize
+    parts = {"codes": codes, "scales": scales, "embeddings, norms, head": others, "scratch": scratch}
+    return "\n".join(
+        [
+            to_yaml(recipe).rstrip(),
+            "",
+            f"run folder: {where.path} ({'continues' if header else 'new'})",
+            f"model: {config.bits} bits, group {config.group_size}, {config.version}; on {device.type} in {str(dtype)[6:]}",
+            f"data: {len(train)} training examples ({rows:.3g} rows and {tokens:.0f} tokens each), {len(validation)} for evaluation",
+            f"work: {recipe.steps} steps, {forwards:.0f} example-forwards",
+            "memory of the weights: " + ", ".join(f"{key} {gigabytes(size)}" for key, size in parts.items())
+            + f", together {gigabytes(sum(parts.values()))}; activations come on top",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""What `qzo evaluate` does: pick the model or run, the task or text, and score it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qzo.data.tasks import get_task, load_examples
+from qzo.errors import BadInput
+from qzo.evaluate import evaluate_task, perplexity
+from qzo.model.files import resolve
+from qzo.model.load import load_model
+from qzo.progress import Progress
+from qzo.recipe import Recipe, load_recipe
+from qzo.run import is_run, load_run, read_run
+from qzo.tune import task_of
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to score: a task on data, or the perplexity of a text. None: the run's own, or the default."""
+
+    task: str | None = None
+    recipe: str | None = None
+    perplexity: str | None = None
+    data: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    window: int = 512
+    limit_windows: int | None = None
+    max_length: int | None = None
+    batch_size: int = 32
+
+
+def score(model: str, question: Question, device: str = "auto", dtype: str | None = None) -> dict[str, Any]:
+    """Figures of a 16-bit folder, a GPTQ folder, a hub id or a run. Cheap input is checked before the model is loaded."""
+    run = is_run(model)
+    examples = None
+    if question.perplexity is None:
+        task, examples, max_length = _examples(model, question, run)
+    else:
+        resolve(question.perplexity)
+    if run:
+        loaded, _, steps = load_run(model, device, dtype)
+    else:
+        loaded, steps = load_model(model, device, dtype or "auto"), None
+    tokenizer = loaded.tokenizer()
+    if examples is None:
+        figures = perplexity(loaded.model, tokenizer, resolve(question.perplexity), question.window, question.limit_windows)
+    else:
+        with Progress("evaluate", len(examples)) as progress:
+            figures = evaluate_task(
+                loaded.model, tokenizer, task, examples, max_length, question.batch_size,
+                lambda done, total: progress.update(done),
+            )  # fmt: skip
+    return figures if steps is None else {**figures, "steps": steps}
+
+
+def _examples(model: str, question: Question, run: bool) -> tuple[Any, list, int]:
+    own: Recipe | None = None
+    if question.recipe:
+        overrides = [f"data={question.data}"] if question.data else []
+        own = load_recipe(question.recipe, overrides)
+    elif run and (question.task is None or question.data is None):
+        own = Recipe.model_validate(read_run(model)[0]["recipe"])
+    if own is None and (question.task is None or question.data is None):
+        raise BadInput("evaluate", "nothing to evaluate", "--task NAME --data FOLDER, --recipe RECIPE, or --perplexity FILE")
+    task = task_of(own) if own and question.task in (None, own.task) else get_task(question.task)
+    data = question.data or own.data
+    split = question.split or (own.eval_split if own else "validation")
+    limit = question.limit or (own.eval_examples if own else None)
+    return task, load_examples(task, data, split, limit), question.max_length or (own.max_length if own else 512)

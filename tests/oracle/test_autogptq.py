@@ -1,0 +1,81 @@
+"""auto-gptq 0.7.1's own packer and forward, as an independent reader and writer of the format.
+
+The package no longer imports beside transformers 5: its wheel is unpacked into the test cache and the one file loaded by path.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from qzo.model.gptq_format import GptqConfig
+from qzo.model.load import load_model
+from qzo.model.save import FolderWriter
+from qzo.quantize import quantize, rtn
+from qzo.quantize.walk import write_linear
+
+FILE = "auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py"
+# The file is plain Python: one wheel serves every interpreter.
+PIP = [
+    "install", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11", "--implementation=cp",
+    "--platform=manylinux2014_x86_64", "auto-gptq==0.7.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def auto_gptq(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    cache = getattr(pytestconfig, "cache", None)
+    folder = Path(cache.mkdir("auto-gptq-0.7.1")) if cache else tmp_path_factory.mktemp("auto-gptq")
+    if not (folder / FILE).exists():
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", *PIP, "--upgrade", "--target", str(folder)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"auto-gptq could not be installed:\n{done.stderr}"
+    spec = importlib.util.spec_from_file_location("autogptq_qlinear_cuda_old", folder / FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packs_to_the_same_bytes(auto_gptq, tmp_path, bits, group_size, sym):
+    torch.manual_seed(bits)
+    weight, config = torch.randn(64, 96), GptqConfig(bits, group_size, sym)
+    result = rtn.quantize_weight(weight, config)
+    linear = nn.Linear(96, 64, bias=False)
+    linear.weight.data = result.dequantize()
+    theirs = auto_gptq.QuantLinear(bits, group_size, 96, 64, bias=False)
+    theirs.pack(linear, result.scales, result.zeros.float(), None)
+    writer = FolderWriter(tmp_path / "out")
+    write_linear(writer, "x", slice(0, 64), result, config)
+    ours = load_file(writer.finish({}) / "model.safetensors")
+    assert torch.equal(theirs.qweight, ours["x.qweight"])
+    assert torch.equal(theirs.qzeros, ours["x.qzeros"])
+    assert torch.equal(theirs.scales.half(), ours["x.scales"]) and ours["x.scales"].dtype == torch.float16
+    assert torch.equal(theirs.g_idx, ours["x.g_idx"])
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_reads_what_quantize_writes(auto_gptq, tiny, calibration, tmp_path, bits, sym):
+    out = tmp_path / "out"
+    quantize(str(tiny("opt")), out, "gptq", bits, 32, sym, calibration=calibration, samples=12, max_length=32)
+    tensors, loaded = load_file(out / "model.safetensors"), load_model(str(out), "cpu", "fp32")
+    assert len(loaded.layers) == 12
+    for name, layer in loaded.layers.items():
+        theirs = auto_gptq.QuantLinear(bits, 32, layer.in_features, layer.out_features, bias=True, weight_dtype=torch.float32)
+        held = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "g_idx", "scales", "bias")}
+        theirs.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in held.items()}, strict=True)
+        x = torch.randn(5, layer.in_features)
+        with torch.no_grad():
+            assert torch.allclose(theirs(x), layer(x), rtol=1e-4, atol=1e-4)
+            identity = theirs(torch.eye(layer.in_features)) - theirs.bias
+            assert torch.allclose(identity.t(), layer.weight(torch.float32), atol=1e-6)
