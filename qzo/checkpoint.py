@@ -75,7 +75,7 @@ def state_hash(tensors: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over the names in sorted order, each with its dtype, shape and bytes; the device does not matter."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().cpu()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

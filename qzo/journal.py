@@ -35,7 +35,7 @@ _SYNC_EVERY = 1.0  # seconds
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One step: mean loss, raw projected gradients f32 [directions], applied coefficients f32 [count]; NaN stays NaN."""
+    """One step: mean loss (may be NaN), raw projected gradients f32 [directions], applied coefficients f32 [count]."""
 
     step: int
     flags: int

@@ -25,7 +25,6 @@ _Problem = tuple[str, str, str]  # key, given, expected
 
 
 def _plain_text(value: str) -> str:
-    value.encode("utf-8")
     if "\0" in value:
         raise ValueError("a NUL character")
     return value

@@ -135,9 +135,9 @@ def review(rng: Random) -> str:
     parts = []
     for _ in range(rng.randint(1, 3)):
         parts.append(sentence(rng, domain, label))
-        if rng.random() < 0.6:
+        if rng.random() < 0.75:
             parts.append(f"it was {rng.choice(VERDICTS[label])}.")
-        if rng.random() < 0.15:
+        if rng.random() < 0.1:
             parts.append(f"it was {rng.choice(['great', 'terrible'])} weather {rng.choice(WHEN)}.")
         if rng.random() < 0.5:
             parts.append(f"{rng.choice(CLOSINGS[label])}.")

@@ -158,6 +158,19 @@ def test_interrupted_anywhere(tmp_path, monkeypatch, call, after):
     assert names(tmp_path) == ["step-000300"]
 
 
+def test_an_interrupted_removal_leaves_no_half_snapshot(tmp_path, monkeypatch):
+    write_snapshot(tmp_path, 100, make_tensors(), {})
+
+    def interrupted(path, **_):
+        (path / "manifest.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_snapshot(tmp_path, 200, make_tensors(), {}, keep=1)
+    assert [name for name in names(tmp_path) if name.startswith("step")] == ["step-000200"]
+
+
 def test_synced_before_and_after_the_rename(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(checkpoint, "fsync_path", lambda path: calls.append(("fsync", path.name)))

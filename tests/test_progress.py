@@ -2,9 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -129,27 +126,6 @@ def test_cut_back(tmp_path, torn):
 def test_cut_back_without_a_file(tmp_path):
     cut_back(tmp_path / "none", 3)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_metrics_on_a_full_disk(tmp_path):
-    code = """
-    import resource, signal, sys
-    from qzo.errors import RunFailed
-    from qzo.metrics import Metrics
-    metrics = Metrics(sys.argv[1])
-    metrics.write({"step": 0})
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
-    try:
-        metrics.write({"step": 1, "note": "x" * 100})
-    except RunFailed as error:
-        print(error)
-    """
-    path = tmp_path / "metrics.jsonl"
-    command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert str(path) in result.stdout and "Free some space" in result.stdout, result.stderr
-    assert lines_of(path) == [{"step": 0}]
 
 
 def test_metrics_in_a_folder_that_cannot_be(tmp_path):

@@ -78,16 +78,14 @@ def column_order(diagonal: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor]:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """U fp32 [K, K], upper triangular with (H + damping)⁻¹ = UᵀU.
 
-    Columns never active get the mean of the diagonal: they are rounded to nearest. The damping, a share of that
-    mean, grows until the factorization succeeds.
+    The damping, a share of the mean of the diagonal, grows until the factorization succeeds. It is all that columns
+    never active have: no error goes from or to them, they are rounded to nearest.
     """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
+    mean = hessian.diagonal().mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    dead = torch.where(diagonal == 0, mean, torch.zeros_like(diagonal))
     for damping in DAMPING:
         # Reversed, H = LLᵀ turns into a factor of the inverse whose triangle is the upper one.
-        damped = hessian + torch.diag(dead + damping * mean)
+        damped = hessian + torch.diag((damping * mean).expand(len(hessian)))
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
             eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)

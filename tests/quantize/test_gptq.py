@@ -88,27 +88,27 @@ def test_order_keeps_groups_together(size, desc_act):
     assert bool((totals.diff() <= 1e-5).all())
 
 
-def test_columns_never_active_are_rounded_to_nearest():
+@pytest.mark.parametrize("dead", [[5, *range(32, 48)], list(range(64))])
+def test_columns_never_active_are_rounded_to_nearest(dead):
     torch.manual_seed(3)
     x, weight, config = correlated(300, 64), torch.randn(16, 64), GptqConfig(8, 16)
-    x[:, 5], x[:, 32:48] = 0, 0
+    x[:, dead] = 0
     result = quantize_weight(weight, config, x.t() @ x)
-    error = (result.dequantize() - weight).abs()
-    dead = [5, *range(32, 48)]
-    assert bool((error[:, dead] <= 0.51 * result.scales[:, result.g_idx[dead].long()]).all())
-    everything = quantize_weight(weight, config, torch.zeros(64, 64))
-    assert bool(((everything.dequantize() - weight).abs() <= 0.51 * everything.scales.repeat_interleave(16, 1) + 1e-6).all())
+    scale, zero = (t.repeat_interleave(16, 1) for t in (result.scales, result.zeros.float()))
+    nearest = round_to_grid(weight, scale, zero, 8)
+    assert torch.equal(result.codes[:, dead].float(), nearest[:, dead])
+    assert len(dead) == 64 or not torch.equal(result.codes.float(), nearest)
 
 
 def test_damping_grows_until_the_factor_exists():
     torch.manual_seed(4)
     x = torch.randn(3, 64)
     hessian = x.t() @ x
-    hessian -= 0.2 * hessian.diagonal().mean() * torch.eye(64)  # indefinite, as rounding can make it
+    mean = hessian.diagonal().mean()
+    hessian -= 0.2 * mean * torch.eye(64)  # indefinite, as rounding can make it, if never this much
     factor = inverse_factor(hessian)
-    assert torch.equal(factor, factor.triu())
-    inverse = torch.linalg.inv(hessian + 0.3 * hessian.diagonal().mean() * torch.eye(64))
-    assert bool(torch.isfinite(factor).all()) and inverse.shape == factor.shape
+    expected = torch.linalg.inv(hessian + 0.3 * 0.8 * mean * torch.eye(64))
+    assert torch.equal(factor, factor.triu()) and torch.allclose(factor.t() @ factor, expected, rtol=1e-3, atol=1e-3 / mean)
     with pytest.raises(RunFailed, match="positive definite"):
         inverse_factor(torch.full((8, 8), float("nan")))
 

@@ -56,9 +56,9 @@ def test_reloads_to_the_dequantized_model(
     linears = {n for n, m in expected.get_decoder().layers.named_modules(prefix="") if isinstance(m, nn.Linear)}
     assert len(restored) == len(linears) == result["linears"] == seen[-1][0] == seen[-1][1]
     for name, weight in restored.items():
-        original = expected.get_submodule(name).weight
+        original = expected.get_submodule(name).weight.data
         assert float((weight - original).norm() / original.norm()) < {2: 1.0, 3: 0.5, 4: 0.3, 8: 0.03}[bits]
-        original.data.copy_(weight)
+        original.copy_(weight)
     loaded = load_model(str(out), "cpu", "fp32")
     assert set(loaded.layers) == set(restored) and loaded.config.desc_act == desc_act
     ids = torch.arange(0, 200, 7)[None]
@@ -102,8 +102,10 @@ def test_version_1_never_holds_a_zero_of_0(tiny, tmp_path, calibration, bits):
         out = tmp_path / method
         quantize(str(source), out, method, bits, 32, sym=False, calibration=calibration, **SHORT)
         restored = weights(out, bits, v2=False)  # it checks the zeros
-        error = (restored["model.layers.0.self_attn.q_proj"] - tensors["model.layers.0.self_attn.q_proj.weight"]).abs()
-        assert float(error.max()) < 1.5 * float(tensors["model.layers.0.self_attn.q_proj.weight"].max()) / (2**bits - 2)
+        if method == "rtn":
+            name = "model.layers.0.self_attn.q_proj"
+            original = tensors[f"{name}.weight"].float()
+            assert float((restored[name] - original).abs().max()) < 0.51 * float(original.max()) / (2**bits - 2)
 
 
 def test_same_input_same_bytes(tiny, tmp_path, calibration):

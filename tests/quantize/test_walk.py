@@ -50,7 +50,7 @@ def test_every_hessian_is_of_the_inputs_in_the_quantized_model(tiny, tmp_path, m
     loaded = load_model(str(tmp_path / "out"), "cpu", "fp32")
     inputs = {}
     for name, module in loaded.layers.items():
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].reshape(-1, args[0].shape[-1])}))
     with torch.no_grad():
         loaded.model(windows)
     for (names, _), hessian in zip(reported, seen, strict=True):
