@@ -15,6 +15,13 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
   qzo evaluate runs/qzo-llama-2-13b-w4-seed0
   qzo export runs/qzo-llama-2-13b-w4-seed0 -o llama-13b-w4-sst2"""
 
+DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
+MEMORY = {
+    "quantize": "Use --device cpu, or a smaller --max-length.",
+    "tune": "Lower micro_batch or max_length, or use device=cpu, and add --restart; with more memory, the same command continues.",
+    "evaluate": "Lower --batch-size or --max-length, or use --device cpu.",
+} | dict.fromkeys(("export", "replay", "recipes", "doctor"), "Use a machine or a device with more memory.")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -84,7 +91,7 @@ def _tune(args: argparse.Namespace) -> None:
     if args.dry_run:
         from qzo.plan import plan
 
-        print(plan(recipe, name))
+        print(plan(recipe, name, args.restart))
         return
     from qzo.report import table
     from qzo.tune import tune_model
@@ -115,13 +122,9 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "a positive whole number"
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"given {text}, expected a positive whole number")
+    return int(text)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -221,12 +224,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:
+        where, reason = error.filename or "a file", error.strerror or str(error)
+        print(f"qzo {args.verb}: {where}: cannot be read or written ({reason}). {DISK}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            print(f"qzo {args.verb}: out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}. "
-                  "Lower micro_batch or max_length; a run continues with the same command.", file=sys.stderr)  # fmt: skip
-            return 3
-        raise
+        reason = str(error).partition("\n")[0]
+        # PyTorch's CPU allocator raises a plain RuntimeError.
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate" not in reason:
+            raise
+        print(f"qzo {args.verb}: out of memory ({reason or 'the host has no more'}). {MEMORY[args.verb]}", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig, pack_zeros, read_config, read_layer, unpack_zeros
 from qzo.model.linear import QuantLinear
-from qzo.model.load import load_model, pick_device
+from qzo.model.load import load_model, pick_device, skeleton
 from qzo.model.save import FolderWriter
 from qzo.progress import Progress
-from qzo.run import load_run, read_run, tuned_state
+from qzo.run import load_run, read_run, steps_to, tuned_state
 
 FORMATS = ("gptq", "gptq_v2", "hf")
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
@@ -27,15 +27,15 @@ def export_run(run: str, out: str, format: str | None = None, to: int | None = N
     format: gptq | gptq_v2 | hf; default: the base checkpoint's own. Returns the steps, the state and what rounding
     the scales to fp16 changed. Raises BadInput for a zero point that gptq (v1) cannot hold.
     """
-    header, _ = read_run(run)
+    header, records = read_run(run)
+    steps = steps_to(run, records, to)
     folder = Folder(header["base"]["model"])
     config = read_config(folder)
     format = format or config.version
     if format not in FORMATS:
         raise BadInput("--format", format, f"one of {', '.join(FORMATS)}")
-    writer = FolderWriter(out)
-    steps, state = tuned_state(run, folder, torch.device("cpu"), to, snapshots)
-    with Progress("export", len(folder.tensors)) as progress:
+    with FolderWriter(out) as writer, Progress("export", len(folder.tensors)) as progress:
+        _, state = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)
         if format == "hf":
             _write_dense(folder, config, state, writer, progress)
         else:
@@ -54,6 +54,11 @@ def _rounded(folder: Folder, state: dict[str, torch.Tensor]) -> dict[str, torch.
     return rounded
 
 
+def _tuned(state: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """The tuned tensor of a stored one; base-model checkpoints leave out the leading `model.` of the model's names."""
+    return state.get(name, state.get(f"model.{name}"))
+
+
 def _write_gptq(
     folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress
 ) -> None:
@@ -63,12 +68,13 @@ def _write_gptq(
         value = folder.read(name)
         module, _, kind = name.rpartition(".")
         if kind == "scales":
-            value = rounded[f"{module}/scales"].t()
+            value = _tuned(rounded, f"{module}/scales").t()
         elif kind == "qzeros" and version != config.version:
             rows = folder.shape(f"{module}.scales")[1]
             value = pack_zeros(unpack_zeros(value, config, rows), target, name)
         else:
-            value = rounded[f"{name}/dense"][0] if f"{name}/dense" in rounded else value
+            tuned = _tuned(rounded, f"{name}/dense")
+            value = value if tuned is None else tuned[0]
         writer.add(name, value)
         progress.update(number + 1)
     raw = folder.config.get("quantization_config") or folder.read_json("quantize_config.json")
@@ -80,18 +86,18 @@ def _write_gptq(
 
 def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress) -> None:
     parts = ("qweight", "qzeros", "scales", "g_idx")
+    modules = dict(skeleton(folder).named_modules())
     for number, name in enumerate(folder.tensors):
         module, _, kind = name.rpartition(".")
         if kind == "scales" and f"{module}.qweight" in folder:
-            rows = folder.shape(name)[1]
-            cols = folder.shape(f"{module}.g_idx")[0] if f"{module}.g_idx" in folder else None
-            cols = cols or folder.shape(f"{module}.qweight")[0] * 32 // config.bits
-            tensors = read_layer(folder, module, config, rows, cols)
-            tensors.scales = state[f"{module}/scales"]
+            linear = modules.get(module) or modules[f"model.{module}"]
+            cols = linear.in_features
+            tensors = read_layer(folder, module, config, linear.out_features, cols)
+            tensors.scales = _tuned(state, f"{module}/scales")
             layer = QuantLinear(module, tensors, config.bits, config.group(cols), cols)
             writer.add(f"{module}.weight", layer.weight(torch.float16))
         elif kind not in parts:
-            tuned = state.get(f"{name}/dense")
+            tuned = _tuned(state, f"{name}/dense")
             writer.add(name, folder.read(name) if tuned is None else tuned[0].to(torch.float16))
         progress.update(number + 1)
     folder.copy_side_files(writer.partial)

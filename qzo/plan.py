@@ -1,23 +1,16 @@
 """`qzo tune --dry-run`: what would be run, and how large it is, without loading the weights."""
 
-from qzo.errors import BadInput
 from qzo.memory import gigabytes
-from qzo.model.files import Folder
-from qzo.model.gptq_format import read_config
 from qzo.model.load import load_tokenizer, pick_device, pick_dtype
 from qzo.recipe import Recipe, to_yaml
-from qzo.tune import check_same_recipe, load_data, run_folder
+from qzo.run import claim
+from qzo.tune import load_data, quantized_folder
 
 
-def plan(recipe: Recipe, name: str) -> str:
+def plan(recipe: Recipe, name: str, restart: bool = False) -> str:
     """The resolved recipe, the run's folder and state, the data, the work, and the bytes of the weights."""
-    folder = Folder(recipe.model)
-    config = read_config(folder)
-    if config is None:
-        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
-                       f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
-    where = run_folder(recipe, name)
-    header = check_same_recipe(where, recipe)
+    where, header = claim(recipe, name, restart)
+    folder, config = quantized_folder(recipe)
     train, validation, _ = load_data(recipe, load_tokenizer(folder))
     rows = sum(len(e.rows) for e in train) / len(train)
     tokens = sum(len(row) for e in train for row in e.rows) / len(train)

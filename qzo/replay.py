@@ -7,7 +7,7 @@ from qzo.errors import RunFailed
 from qzo.model.files import Folder
 from qzo.model.load import pick_device
 from qzo.progress import Progress
-from qzo.run import read_run, tuned_state
+from qzo.run import read_run, steps_to, tuned_state
 
 
 def replay_run(run: str, to: int | None = None, verify: bool = False, device: str = "auto") -> list[str]:
@@ -16,12 +16,13 @@ def replay_run(run: str, to: int | None = None, verify: bool = False, device: st
     verify: RunFailed unless the state equals, bit for bit, that of the newest snapshot up to there.
     """
     header, records = read_run(run)
+    steps = steps_to(run, records, to)
     folder, where = Folder(header["base"]["model"]), pick_device(device)
-    found = newest_snapshot(Path(run), at_most=len(records) if to is None else to) if verify else None
+    found = newest_snapshot(Path(run), at_most=steps) if verify else None
     if verify and found is None:
         raise RunFailed(run, "no snapshot to compare with", "one up to the replayed step", "Replay without --verify.")
-    with Progress("replay", len(records) if to is None else to) as progress:
-        steps, state = tuned_state(run, folder, where, to, False, lambda done, total: progress.update(done))
+    with Progress("replay", steps) as progress:
+        _, state = tuned_state(run, folder, where, steps, False, lambda done, total: progress.update(done))
     lines = [f"{run}: {steps} of {len(records)} steps replayed on {where.type}, state SHA-256 {state_hash(state)}"]
     if found:
         at, tensors, _ = found

@@ -29,14 +29,20 @@ def table(figures: dict[str, Any]) -> str:
     """The result as a short Markdown table."""
     rows = [("", "before", "after")]
     for key in (*SCORES, "loss"):
-        if figures["before"] and key in figures["before"]:
-            show = "{:.4f}" if key == "loss" else "{:.1%}"
-            rows.append((key.replace("_", " "), *(show.format(figures[w][key]) for w in ("before", "after"))))
+        if key in (figures["after"] or {}):
+            rows.append((key.replace("_", " "), *(_shown(figures[when], key) for when in ("before", "after"))))
     rows.append(("peak memory", "", gigabytes(figures["peak_memory"])))
     rows.append(("time", "", f"{figures['seconds']:.0f} s, {figures['steps']} steps"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _shown(scores: dict[str, Any] | None, key: str) -> str:
+    if scores is None:  # metrics.jsonl was lost
+        return "unknown"
+    value = scores[key]
+    return "not finite" if value is None else f"{value:.4f}" if key == "loss" else f"{value:.1%}"
 
 
 def _plot(folder: RunFolder, path: Path) -> None:
@@ -52,7 +58,7 @@ def _plot(folder: RunFolder, path: Path) -> None:
     width = max(1, len(loss) // 40)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(x, loss, color="0.8", linewidth=0.8, label="training loss")
-    if len(loss) >= width:
+    if width > 1:
         axis.plot(x[width - 1 :], np.convolve(loss, np.ones(width) / width, "valid"), label=f"mean of {width} steps")
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats)")

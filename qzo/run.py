@@ -3,6 +3,7 @@
     recipe.yaml  journal.bin  snapshots/  metrics.jsonl  loss.png  report.md
 """
 
+import fcntl
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from qzo_kernels import ops
 
 from qzo.checkpoint import newest_snapshot
@@ -18,7 +20,7 @@ from qzo.errors import BadInput, RunFailed
 from qzo.journal import Record, read_journal
 from qzo.model.files import Folder
 from qzo.model.load import LoadedModel, load_model
-from qzo.recipe import Recipe
+from qzo.recipe import Recipe, default_output_dir, diff
 from qzo.zo.estimator import Clip
 from qzo.zo.noise import NOISE_VERSION
 from qzo.zo.optimizer import ZO
@@ -27,6 +29,7 @@ from qzo.zo.targets.dense import Dense
 from qzo.zo.targets.scales import Scales
 
 REPLAY_CHUNK = 64
+OWN_FILES = ("recipe.yaml", "snapshots", "metrics.jsonl", "loss.png", "report.md")
 Progress = Callable[[int, int], None]
 
 
@@ -49,6 +52,56 @@ class RunFolder:
 
 def is_run(path: str) -> bool:
     return (Path(path) / "journal.bin").exists()
+
+
+def run_folder(recipe: Recipe, name: str) -> RunFolder:
+    return RunFolder(Path(recipe.output_dir or default_output_dir(recipe, name)))
+
+
+def claim(recipe: Recipe, name: str, restart: bool = False) -> tuple[RunFolder, dict[str, Any] | None]:
+    """(the folder of a run, the header of the run in it that goes on; None for a new one). Writes nothing.
+
+    Raises BadInput for a folder that holds something else, and, with a diff, for a run with another recipe (unless it
+    is to start over); RunFailed for a run to start over that another process is still writing.
+    """
+    folder = run_folder(recipe, name)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise BadInput(str(folder.path), "a file", "a folder for the run", "Choose another output_dir.")
+    if not folder.journal.exists():
+        taken = next((name for name in OWN_FILES if (folder.path / name).exists()), None)
+        if taken:
+            raise BadInput(str(folder.path), f"{taken} and no journal.bin", "a new folder, or that of a run", "Choose another output_dir.")
+        return folder, None
+    if restart:
+        _check_idle(folder)
+        return folder, None
+    header, _ = read_journal(folder.journal)
+    lines = diff(header["recipe"], recipe.model_dump())
+    if lines:
+        raise BadInput(
+            str(folder.path), "a run with another recipe\n  " + "\n  ".join(lines), "the same recipe to continue it",
+            "Undo the change, choose another output_dir, or add --restart to start over (the old folder is kept).",
+        )  # fmt: skip
+    return folder, header
+
+
+def _check_idle(folder: RunFolder) -> None:
+    # Moved away under a running process, its snapshots would land in the new run's folder.
+    with folder.journal.open("rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFailed(str(folder.path), "another process is writing this run", do="Stop it, then start over.") from error
+
+
+def keep_aside(folder: RunFolder) -> Path | None:
+    """Move the run out of the way, under the first free name; None where there is none."""
+    if not folder.journal.exists():
+        return None
+    path, number = folder.path.absolute(), 1
+    while (other := path.with_name(f"{path.name}.old{number}")).exists():
+        number += 1
+    return path.rename(other)
 
 
 def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
@@ -147,6 +200,14 @@ def check_base(folder: Folder, header: dict[str, Any]) -> None:
                        "Give the folder that the run was tuned from.")  # fmt: skip
 
 
+def recipe_of(header: dict[str, Any], where: str) -> Recipe:
+    """The recipe in a journal's header. Raises RunFailed when this version does not know it."""
+    try:
+        return Recipe.model_validate(header["recipe"])
+    except ValidationError as error:
+        raise RunFailed(where, "a recipe that this version cannot read", do="Use the qzo that wrote it.") from error
+
+
 def read_run(path: str) -> tuple[dict[str, Any], list[Record]]:
     """Header and records of a run folder. Raises BadInput when it is none or another noise version is needed."""
     if not is_run(path):
@@ -157,15 +218,21 @@ def read_run(path: str) -> tuple[dict[str, Any], list[Record]]:
     return header, records
 
 
+def steps_to(path: str, records: list[Record], to: int | None) -> int:
+    """How many steps to apply: `to`, or all. Raises BadInput for more than are recorded."""
+    steps = len(records) if to is None else to
+    if not 0 <= steps <= len(records):
+        raise BadInput(f"{path}, --to", str(to), f"0 to {len(records)}, the steps that are recorded")
+    return steps
+
+
 def tuned_state(
     path: str, folder: Folder, device: torch.device, to: int | None = None, snapshots: bool = True,
     progress: Progress | None = None,
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """(steps applied, tensors) of a run after `to` steps (default: all recorded), from the newest snapshot or from scratch."""
     header, records = read_run(path)
-    steps = len(records) if to is None else to
-    if not 0 <= steps <= len(records):
-        raise BadInput(f"{path}, --to", str(to), f"0 to {len(records)}, the steps that are recorded")
+    steps = steps_to(path, records, to)
     check_base(folder, header)
     state, done = base_state(folder, header, device), 0
     found = newest_snapshot(Path(path), at_most=steps) if snapshots else None
@@ -182,7 +249,7 @@ def load_run(
 ) -> tuple[LoadedModel, list[Target], int]:
     """The tuned model of a run, its targets and the number of steps applied."""
     header, _ = read_run(path)
-    recipe = Recipe.model_validate(header["recipe"])
+    recipe = recipe_of(header, path)
     loaded = load_model(recipe.model, device, dtype or recipe.dtype)
     steps, state = tuned_state(path, loaded.folder, loaded.device, to)
     targets = build_targets(recipe, loaded)

@@ -1,16 +1,17 @@
 """What `qzo evaluate` does: pick the model or run, the task or text, and score it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qzo.data.tasks import get_task, load_examples
 from qzo.errors import BadInput
 from qzo.evaluate import evaluate_task, perplexity
-from qzo.model.files import resolve
+from qzo.model.files import BUILTIN, resolve
 from qzo.model.load import load_model
 from qzo.progress import Progress
 from qzo.recipe import Recipe, load_recipe
-from qzo.run import is_run, load_run, read_run
+from qzo.run import is_run, load_run, read_run, recipe_of
 from qzo.tune import task_of
 
 
@@ -37,14 +38,16 @@ def score(model: str, question: Question, device: str = "auto", dtype: str | Non
     if question.perplexity is None:
         task, examples, max_length = _examples(model, question, run)
     else:
-        resolve(question.perplexity)
+        text = resolve(question.perplexity) if question.perplexity.startswith(BUILTIN) else Path(question.perplexity)
+        if not text.is_file():
+            raise BadInput(question.perplexity, "no such file", "a UTF-8 text file for --perplexity")
     if run:
         loaded, _, steps = load_run(model, device, dtype)
     else:
         loaded, steps = load_model(model, device, dtype or "auto"), None
     tokenizer = loaded.tokenizer()
     if examples is None:
-        figures = perplexity(loaded.model, tokenizer, resolve(question.perplexity), question.window, question.limit_windows)
+        figures = perplexity(loaded.model, tokenizer, text, question.window, question.limit_windows)
     else:
         with Progress("evaluate", len(examples)) as progress:
             figures = evaluate_task(
@@ -59,11 +62,13 @@ def _examples(model: str, question: Question, run: bool) -> tuple[Any, list, int
     if question.recipe:
         overrides = [f"data={question.data}"] if question.data else []
         own = load_recipe(question.recipe, overrides)
-    elif run and (question.task is None or question.data is None):
-        own = Recipe.model_validate(read_run(model)[0]["recipe"])
+    elif run:
+        own = recipe_of(read_run(model)[0], model)
+    if own and question.task not in (None, own.task):
+        own = None
     if own is None and (question.task is None or question.data is None):
         raise BadInput("evaluate", "nothing to evaluate", "--task NAME --data FOLDER, --recipe RECIPE, or --perplexity FILE")
-    task = task_of(own) if own and question.task in (None, own.task) else get_task(question.task)
+    task = task_of(own) if own else get_task(question.task)
     data = question.data or own.data
     split = question.split or (own.eval_split if own else "validation")
     limit = question.limit or (own.eval_examples if own else None)

@@ -26,7 +26,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in self._old:
+            signal.signal(each, signal.SIG_DFL)
 
     def check(self) -> None:
         if self.received:

@@ -19,11 +19,14 @@ from qzo.errors import BadInput, Interrupted, RunFailed
 from qzo.evaluate import evaluate_task
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record, read_journal
 from qzo.metrics import Metrics, cut_back, read_metrics
-from qzo.model.load import LoadedModel, load_model
+from qzo.disk import disk_error
+from qzo.model.files import Folder
+from qzo.model.gptq_format import GptqConfig, read_config
+from qzo.model.load import LoadedModel, load_model, load_tokenizer
 from qzo.progress import Progress
-from qzo.recipe import Recipe, default_output_dir, diff, to_yaml
+from qzo.recipe import Recipe, to_yaml
 from qzo.report import write_report
-from qzo.run import RunFolder, build_optimizer, build_targets, check_base, make_header, replay
+from qzo.run import build_optimizer, build_targets, check_base, claim, keep_aside, make_header, replay
 from qzo.signals import StopSignals
 from qzo.zo.schedule import schedule
 
@@ -34,32 +37,16 @@ def task_of(recipe: Recipe) -> Task:
     return get_task(recipe.task, recipe.prompt, recipe.choices, recipe.label, recipe.completion)
 
 
-def run_folder(recipe: Recipe, name: str) -> RunFolder:
-    return RunFolder(Path(recipe.output_dir or default_output_dir(recipe, name)))
-
-
-def check_same_recipe(folder: RunFolder, recipe: Recipe) -> dict | None:
-    """The header of the run in `folder`, None when there is no run yet. Raises BadInput, with a diff, for another recipe."""
-    if not folder.journal.exists():
-        return None
-    header, _ = read_journal(folder.journal)
-    lines = diff(header["recipe"], recipe.model_dump())
-    if lines:
-        raise BadInput(
-            str(folder.path), "a run with another recipe\n  " + "\n  ".join(lines), "the same recipe to continue it",
-            "Undo the change, choose another output_dir, or add --restart to start over (the old folder is kept).",
-        )  # fmt: skip
-    return header
-
-
-def keep_aside(folder: RunFolder) -> Path | None:
-    """Move an existing run folder out of the way, under the first free name."""
-    if not folder.path.exists():
-        return None
-    number = 1
-    while (other := folder.path.with_name(f"{folder.path.name}.old{number}")).exists():
-        number += 1
-    return folder.path.rename(other)
+def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
+    """The model's folder and its quantization. Raises BadInput for a recipe or a model that cannot be tuned."""
+    if recipe.stacked and recipe.dense:
+        raise BadInput("recipe, stacked", "true together with dense: true", "one of the two", "Set stacked=false.")
+    folder = Folder(recipe.model)
+    config = read_config(folder)
+    if config is None:
+        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
+                       f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
+    return folder, config
 
 
 def load_data(recipe: Recipe, tokenizer: object) -> tuple[list[Encoded], list[Example], Task]:
@@ -87,38 +74,37 @@ class Counts:
 
 
 class Tuner:
-    """One run: `run` does what is left of it and returns the results. Built after the cheap checks have passed."""
+    """One run: `run` does what is left of it and returns the results. All input is checked before the weights are read."""
 
-    def __init__(self, recipe: Recipe, name: str, command: str):
-        self.recipe, self.name, self.command = recipe, name, command
-        self.folder = run_folder(recipe, name)
-        header = check_same_recipe(self.folder, recipe)
+    def __init__(self, recipe: Recipe, name: str, command: str, restart: bool = False):
+        self.recipe, self.command, self.restart = recipe, command, restart
+        self.folder, header = claim(recipe, name, restart)
+        model, _ = quantized_folder(recipe)
+        if header:
+            check_base(model, header)
+        self.tokenizer = load_tokenizer(model)
+        self.train, self.validation, self.task = load_data(recipe, self.tokenizer)
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
         self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype)
-        if not self.loaded.layers:
-            raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
-                           f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
-        self.tokenizer = self.loaded.tokenizer()
-        self.train, self.validation, self.task = load_data(recipe, self.tokenizer)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
         self.header = header or make_header(recipe, name, self.loaded, self.targets)
-        if header:
-            check_base(self.loaded.folder, header)
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: value for target in self.targets for name, value in target.state().items()}
 
     def _open(self) -> Journal:
-        """The journal, with the tuned tensors, the estimator and metrics.jsonl brought to its last record."""
-        if not self.folder.journal.exists():
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            journal = Journal.create(self.folder.journal, self.header)
-        else:
-            journal = Journal.open(self.folder.journal)
-        self.folder.recipe.write_text(to_yaml(self.recipe), encoding="utf-8")
+        """The journal, with the tuned tensors and the estimator brought to its last record."""
+        if self.restart and (kept := keep_aside(self.folder)):
+            print(f"the old run is kept in {kept}", file=sys.stderr)
+        new = not self.folder.journal.exists()
+        journal = Journal.create(self.folder.journal, self.header) if new else Journal.open(self.folder.journal)
+        try:
+            self.folder.recipe.write_text(to_yaml(self.recipe), encoding="utf-8")
+        except OSError as error:
+            raise disk_error(self.folder.recipe, error) from error
         done, state = 0, self._state()
         found = newest_snapshot(self.folder.path, at_most=len(journal.records))
         if found:
@@ -131,17 +117,30 @@ class Tuner:
         for record in journal.records:
             self.optimizer.clip.observe(record.projected)
         self.optimizer.steps = len(journal.records)
-        cut_back(self.folder.metrics, len(journal.records))
+        return journal
+
+    def _open_metrics(self, records: list[Record]) -> Metrics:
+        """metrics.jsonl with one line per record: later lines are cut off, those that a crash lost are written again."""
+        cut_back(self.folder.metrics, len(records))
         last = next((m for m in reversed(read_metrics(self.folder.metrics)) if "tokens" in m), {})
         self.counts = Counts(*(last.get(key, 0) for key in ("examples", "tokens", "forwards", "seconds")))
-        return journal
+        metrics = Metrics(self.folder.metrics)
+        for record in records[last.get("step", -1) + 1 :]:
+            self._log(metrics, record)
+        return metrics
+
+    def _rate(self, step: int) -> float:
+        """The schedule's factor on every learning rate."""
+        return schedule(self.recipe.schedule, 1.0, step, self.recipe.steps, self.recipe.warmup)
+
+    def _examples(self, step: int) -> list[Encoded]:
+        return [self.train[i] for i in batch_indices(self.recipe.seed, step, self.recipe.batch_size, len(self.train))]
 
     def _batch(self, step: int) -> list[Batch]:
         """The step's micro-batches on the device."""
-        indices = batch_indices(self.recipe.seed, step, self.recipe.batch_size, len(self.train))
-        size = self.recipe.micro_batch or len(indices)
-        pad = padding_id(self.tokenizer)
-        parts = [[self.train[i] for i in indices[start : start + size]] for start in range(0, len(indices), size)]
+        examples, pad = self._examples(step), padding_id(self.tokenizer)
+        size = self.recipe.micro_batch or len(examples)
+        parts = [examples[start : start + size] for start in range(0, len(examples), size)]
         return [collate(part, pad).to(self.loaded.device) for part in parts]
 
     def _closure(self, batches: list[Batch]) -> Callable[..., torch.Tensor]:
@@ -158,28 +157,31 @@ class Tuner:
     def step(self, journal: Journal, metrics: Metrics) -> Record:
         """Measure, apply, journal and log one step."""
         step = self.optimizer.steps
-        factor = schedule(self.recipe.schedule, 1.0, step, self.recipe.steps, self.recipe.warmup)
         for group, target in zip(self.optimizer.param_groups, self.targets, strict=True):
-            group["lr"] = target.lr * factor
-        batches = self._batch(step)
-        self.optimizer.step(self._closure(batches))
+            group["lr"] = target.lr * self._rate(step)
+        self.optimizer.step(self._closure(self._batch(step)))
         last = self.optimizer.last
         flags = FLAG_SKIPPED * last.skipped | FLAG_CLIPPED * last.clipped
         record = Record(step, flags, last.loss, last.projected, last.coefs.reshape(-1))
         journal.append(record)
-        counts = self.counts
-        counts.examples += sum(b.examples for b in batches)
-        counts.tokens += sum(b.tokens for b in batches) * 2 * self.recipe.directions
-        counts.forwards += sum(b.rows for b in batches) * 2 * self.recipe.directions
+        self._log(metrics, record)
+        return record
+
+    def _log(self, metrics: Metrics, record: Record) -> None:
+        """The line of a step. Steps are logged in order."""
+        counts, rows = self.counts, [row for example in self._examples(record.step) for row in example.rows]
+        counts.examples += self.recipe.batch_size
+        counts.tokens += sum(map(len, rows)) * 2 * self.recipe.directions
+        counts.forwards += len(rows) * 2 * self.recipe.directions
         metrics.write(
             {
-                "step": step, "loss": float(last.loss), "abs_d": float(np.abs(last.projected).mean()),
-                "lr": self.optimizer.param_groups[0]["lr"], "clipped": last.clipped, "skipped": last.skipped,
+                "step": record.step, "loss": float(record.loss), "abs_d": float(np.abs(record.projected).mean()),
+                "lr": self.targets[0].lr * self._rate(record.step),
+                "clipped": bool(record.flags & FLAG_CLIPPED), "skipped": bool(record.flags & FLAG_SKIPPED),
                 "examples": counts.examples, "tokens": counts.tokens, "forwards": counts.forwards,
                 "seconds": round(counts.elapsed(), 3), "peak_memory": memory.peak(self.loaded.device),
             }  # fmt: skip
         )
-        return record
 
     def evaluate(self, metrics: Metrics, stop: StopSignals) -> dict:
         """Score the validation examples under the tuned weights; a line in metrics.jsonl."""
@@ -203,7 +205,10 @@ class Tuner:
     def run(self) -> dict:
         """Tune to the last step, write snapshots on the way and the report at the end. Returns the report's figures."""
         do = "Everything learned is written; the same command continues."
-        with StopSignals(str(self.folder.path), do) as stop, self._open() as journal, Metrics(self.folder.metrics) as metrics:
+        with (
+            StopSignals(str(self.folder.path), do) as stop, self._open() as journal,
+            self._open_metrics(journal.records) as metrics,
+        ):  # fmt: skip
             try:
                 self._steps(journal, metrics, stop)
             except Interrupted:
@@ -213,25 +218,22 @@ class Tuner:
 
     def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
-        if 0 not in evaluated and self.optimizer.steps == 0:
-            self.evaluate(metrics, stop)
         skipped = _skipped_tail(journal.records)
         progress = Progress("tune", recipe.steps, self.optimizer.steps)
-        while self.optimizer.steps < recipe.steps:
-            record = self.step(journal, metrics)
-            done = self.optimizer.steps
+        while (done := self.optimizer.steps) < recipe.steps:
+            if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
+                self.evaluate(metrics, stop)
+            record, done = self.step(journal, metrics), done + 1
             if done % recipe.log_every == 0 or done == recipe.steps:
                 progress.update(done, loss=f"{record.loss:.4f}", d=f"{np.abs(record.projected).mean():.3g}",
                                 lr=f"{self.optimizer.param_groups[0]['lr']:.3g}")  # fmt: skip
             skipped = skipped + 1 if record.flags & FLAG_SKIPPED else 0
-            if skipped == MAX_SKIPPED:
+            if skipped >= MAX_SKIPPED:
                 self.snapshot(journal)
                 raise RunFailed(str(self.folder.path), f"{MAX_SKIPPED} steps in a row without a finite loss", "finite losses",
                                 "Lower lr or eps, or use dtype=fp32; then --restart.")  # fmt: skip
             if done % recipe.save_every == 0 and done < recipe.steps:
                 self.snapshot(journal)
-            if recipe.eval_every and done % recipe.eval_every == 0 and done < recipe.steps:
-                self.evaluate(metrics, stop)
             stop.check()
         progress.close()
         found = newest_snapshot(self.folder.path)
@@ -255,7 +257,5 @@ def tune_model(recipe: Recipe, name: str = "run", restart: bool = False, command
 
     Raises BadInput, RunFailed, OutOfMemory, or Interrupted after everything learned has been written.
     """
-    folder = run_folder(recipe, name)
-    if restart and (kept := keep_aside(folder)):
-        print(f"the old run is kept in {kept}", file=sys.stderr)
-    return folder.path, Tuner(recipe, name, command).run()
+    tuner = Tuner(recipe, name, command, restart)
+    return tuner.folder.path, tuner.run()

@@ -111,30 +111,34 @@ def _negated(rng: Random, domain: Domain, label: int) -> str:
     ])
 
 
-def sentence(rng: Random, domain: Domain, label: int) -> str:
-    """One sentence of a review, ending with a period; `label` 1 praises, 0 blames."""
-    kind = rng.randrange(10)
-    if kind < 2:
+def sentence(rng: Random, domain: Domain, label: int, plain: bool = False) -> str:
+    """One sentence of a review, ending with a period; `label` 1 praises, 0 blames; `plain` without contrast and negation."""
+    kind = rng.randrange(4 if plain else 10)
+    if kind == 0:
         text = f"{_clause(rng, domain, label)} and {_clause(rng, domain, label)}"
-    elif kind < 4:
-        text = f"{_clause(rng, domain, 1 - label)} but {_clause(rng, domain, label)}"
-    elif kind == 4:
-        text = f"although {_clause(rng, domain, 1 - label)} , {_clause(rng, domain, label)}"
-    elif kind < 7:
-        text = f"{_negated(rng, domain, label)} and {_clause(rng, domain, label)}"
-    elif kind == 7:
+    elif kind == 1:
         text = f"what a {rng.choice(GOOD if label else BAD)} {rng.choice(domain.things)} , {_clause(rng, domain, label)}"
-    else:
+    elif kind == 2:
         text = f"{rng.choice(WHEN)} we tried this {rng.choice(domain.things)} and {_clause(rng, domain, label)}"
+    elif kind == 3:
+        text = _clause(rng, domain, label)
+    elif kind < 6:
+        text = f"{_clause(rng, domain, 1 - label)} but {_clause(rng, domain, label)}"
+    elif kind == 6:
+        text = f"although {_clause(rng, domain, 1 - label)} , {_clause(rng, domain, label)}"
+    elif kind < 9:
+        text = f"{_negated(rng, domain, label)} and {_clause(rng, domain, label)}"
+    else:
+        text = _negated(rng, domain, label)
     return text + "."
 
 
 def review(rng: Random) -> str:
-    """One to three sentences of one sentiment, with the closings and verdicts that follow from it in between."""
-    domain, label = rng.choice(DOMAINS), rng.randrange(2)
+    """One to three sentences of one sentiment, with the closings and verdicts that follow from it in between; half are plain."""
+    domain, label, plain = rng.choice(DOMAINS), rng.randrange(2), rng.random() < 0.5
     parts = []
     for _ in range(rng.randint(1, 3)):
-        parts.append(sentence(rng, domain, label))
+        parts.append(sentence(rng, domain, label, plain))
         if rng.random() < 0.75:
             parts.append(f"it was {rng.choice(VERDICTS[label])}.")
         if rng.random() < 0.1:

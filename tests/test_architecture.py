@@ -15,7 +15,8 @@ MAX_LINES, MAX_FUNCTION = 300, 60
 # Layer of each module: a module imports only from layers below its own (or its own package).
 LAYERS = [
     {"errors", "plain_yaml"},
-    {"recipe", "memory", "progress", "signals", "journal"},
+    {"recipe", "memory", "progress", "signals", "disk"},
+    {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
     {"data"},
     {"evaluate", "quantize", "run"},

@@ -39,6 +39,10 @@ def resolve(name: str) -> Path:
     return _from_hub(name)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -47,9 +51,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise BadInput(
-            name, f"neither a folder here nor a model that the hub gives ({reason})",
+            name, f"neither a folder here nor a model that the hub gives ({first_line(error)})",
             "a folder, or a hub id like org/name", "Check the spelling, the network, and `hf auth login` for gated models.",
         ) from error  # fmt: skip
 
@@ -75,8 +78,8 @@ class Folder:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise BadInput(str(path), "missing", "a transformers model folder with it") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(str(path), f"cannot be read ({error})", "JSON") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(str(path), f"cannot be read ({first_line(error)})", "JSON") from error
         if not isinstance(value, dict):
             raise BadInput(str(path), type(value).__name__, "a JSON object")
         return value
@@ -95,6 +98,8 @@ class Folder:
                     "model.save_pretrained(OUT, safe_serialization=True).",
                 )  # fmt: skip
             raise BadInput(str(self.path), "no weights", "model.safetensors, or shards with their index")
+        if "model.safetensors" in single:
+            single = ["model.safetensors"]
         if len(single) > 1:
             raise BadInput(str(self.path), f"{len(single)} safetensors files and no index", index.name)
         return {name: single[0] for name in self._open(single[0]).keys()}

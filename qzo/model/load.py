@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qzo.errors import BadInput
-from qzo.model.files import Folder
+from qzo.model.files import Folder, first_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
 
@@ -58,10 +58,14 @@ def load_tokenizer(folder: Folder) -> Any:
         raise BadInput(str(folder.path), "no tokenizer files", "tokenizer.json beside the weights",
                        "Copy the tokenizer's files of the original model into the folder.")  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder.path}, tokenizer", str(error).splitlines()[0], "a transformers tokenizer") from error
-    if tokenizer.pad_token_id is None:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise nothing narrower for a damaged file
+        raise BadInput(f"{folder.path}, tokenizer", first_line(error), "a transformers tokenizer without code of its own") from error
+    size = folder.config.get("vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > size:
+        raise BadInput(f"{folder.path}, tokenizer", f"a vocabulary of {tokenizer.vocab_size}", f"at most the model's {size}",
+                       "Use the tokenizer that the model was trained with.")  # fmt: skip
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return tokenizer
 
@@ -74,16 +78,19 @@ def skeleton(folder: Folder) -> nn.Module:
     if family not in FAMILIES:
         raise BadInput(f"{folder.path}/config.json", f"model_type {family!r}", f"one of {', '.join(FAMILIES)}",
                        "This version does not know the modules of other models.")  # fmt: skip
+    if "auto_map" in folder.config:
+        raise BadInput(f"{folder.path}/config.json", "auto_map: code of the model's own", "a model that transformers itself knows",
+                       "Code from a model folder is never run.")  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(folder.path)
+            config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
-        raise BadInput(f"{folder.path}/config.json", str(error).splitlines()[0], "a config of transformers") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ArithmeticError) as error:
+        raise BadInput(f"{folder.path}/config.json", first_line(error), "a config of transformers") from error
     return model.eval().requires_grad_(False)
 
 

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qzo.errors import BadInput, RunFailed
@@ -15,12 +17,12 @@ SHARD_BYTES = 1 << 30
 class FolderWriter:
     """Collects tensors and writes shards of about 1 GB; `finish` writes the index and config and renames the folder.
 
-    Until then all is in `<out>.partial`. Raises BadInput when `out` exists and holds anything, RunFailed when the
-    disk is full.
+    Until then all is in `<out>.partial`, which goes when a `with` block of the writer ends. Raises BadInput when `out`
+    exists and holds anything, RunFailed when the disk is full.
     """
 
     def __init__(self, out: str | Path):
-        self.out = Path(out)
+        self.out = Path(out).absolute()
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise BadInput(str(out), "it exists and is not empty", "a new folder", "Name another, or remove it.")
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -32,6 +34,12 @@ class FolderWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._shards: list[list[str]] = []
         self._sizes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Queue one tensor (any device; copied to the CPU)."""
@@ -45,8 +53,7 @@ class FolderWriter:
             path = self.partial / f"part-{len(self._shards):05d}.safetensors"
             try:
                 save_file(self._pending, path, metadata={"format": "pt"})
-            except Exception as error:  # safetensors wraps the system's error in its own
-                shutil.rmtree(self.partial, ignore_errors=True)
+            except (OSError, SafetensorError) as error:  # safetensors wraps the system's error in its own
                 raise RunFailed(str(path), f"cannot be written ({error})", "free space", "Free some and start again.") from error
             self._shards.append(list(self._pending))
             self._pending = {}
@@ -71,5 +78,5 @@ class FolderWriter:
                 self.out.rmdir()
             self.partial.rename(self.out)
         except OSError as error:
-            raise RunFailed(str(self.out), f"cannot be written ({error.strerror})", "free space") from error
+            raise RunFailed(str(self.out), f"cannot be written ({error.strerror})", "free space", "Free some and start again.") from error
         return self.out

@@ -19,7 +19,7 @@ METHODS = ("gptq", "rtn")
 FORMATS = ("gptq", "gptq_v2")
 
 
-def quantize(
+def quantize_model(
     model: str, out: str | Path, method: str = "gptq", bits: int = 4, group_size: int = 128, sym: bool = True,
     desc_act: bool = False, format: str = "gptq", calibration: str | None = None, samples: int = 128,
     max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None,
@@ -27,9 +27,10 @@ def quantize(
     """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
 
     One layer at a time is in memory. GPTQ reads `samples` windows of `max_length` tokens (at most the model's
-    context) from `calibration`; rtn needs none. `progress(done, total, text)` is called after each set of Linears.
-    Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error}: the relative error of the Linears' outputs on
-    the calibration inputs, of their weights for rtn. Raises BadInput for what cannot be quantized, before any work.
+    context) from `calibration`; rtn needs none. `progress(linears done, in all, text)` is called after each set of
+    Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error}: the relative error of the
+    Linears' outputs on the calibration inputs, of their weights for rtn. Raises BadInput for what cannot be
+    quantized, before any work.
     """
     import torch
 
@@ -55,7 +56,8 @@ def quantize(
     def report(done: list[str], error: float) -> None:
         errors.extend([error] * len(done))
         if progress:
-            progress(len(errors), len(names), f"{', '.join(done)}: error {error:.4f}")
+            leaves = " ".join(name.rpartition(".")[2] for name in done)
+            progress(len(errors), len(names), f"{done[0].rpartition('.')[0]} {leaves}: error {error:.4f}")
 
     try:
         Walk(network, folder, config, where, pick_dtype("auto", where)).run(windows, writer, report)

@@ -6,7 +6,7 @@ import math
 def schedule(kind: str, lr: float, step: int, steps: int, warmup: int = 0) -> float:
     """Learning rate of `step` (counted from 0) in a run of `steps`.
 
-    During warm-up (step < warmup): lr * (step + 1) / warmup. After it, with t = step / steps:
+    During warm-up (step < warmup): lr * (step + 1) / warmup. After it, with t = (step - warmup) / (steps - warmup):
     constant lr, linear lr * (1 - t), cosine lr * (1 + cos(pi t)) / 2.
     Raises ValueError for another kind, or a step outside 0 .. steps - 1.
     """
@@ -17,7 +17,7 @@ def schedule(kind: str, lr: float, step: int, steps: int, warmup: int = 0) -> fl
     if step < warmup:
         return lr * (step + 1) / warmup
     if kind == "linear":
-        return lr * (1 - step / steps)
+        return lr * (steps - step) / (steps - warmup)
     if kind == "cosine":
-        return lr * (1 + math.cos(math.pi * step / steps)) / 2
+        return lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
     return lr

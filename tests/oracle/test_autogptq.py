@@ -17,7 +17,7 @@ from torch import nn
 from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model
 from qzo.model.save import FolderWriter
-from qzo.quantize import quantize, rtn
+from qzo.quantize import quantize_model, rtn
 from qzo.quantize.walk import write_linear
 
 FILE = "auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py"
@@ -67,7 +67,7 @@ def test_packs_to_the_same_bytes(auto_gptq, tmp_path, bits, group_size, sym):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_reads_what_quantize_writes(auto_gptq, tiny, calibration, tmp_path, bits, sym):
     out = tmp_path / "out"
-    quantize(str(tiny("opt")), out, "gptq", bits, 32, sym, calibration=calibration, samples=12, max_length=32)
+    quantize_model(str(tiny("opt")), out, "gptq", bits, 32, sym, calibration=calibration, samples=12, max_length=32)
     tensors, loaded = load_file(out / "model.safetensors"), load_model(str(out), "cpu", "fp32")
     assert len(loaded.layers) == 12
     for name, layer in loaded.layers.items():

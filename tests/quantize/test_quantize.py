@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from disk import weights
+from gptq_reader import weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,7 @@ import qzo.quantize
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
 from qzo.model.load import load_model, skeleton
-from qzo.quantize import quantize
+from qzo.quantize import quantize_model
 
 # family, method, bits, sym, desc_act, group_size, format: all pairs of the settings that meet in the code
 CASES = [
@@ -47,7 +47,7 @@ def test_reloads_to_the_dequantized_model(
     tiny, calibration, tmp_path, family, method, bits, sym, desc_act, group_size, version
 ):  # fmt: skip
     source, out, seen = tiny(family), tmp_path / "out", []
-    result = quantize(
+    result = quantize_model(
         str(source), out, method, bits, group_size, sym, desc_act, version, calibration, device="cpu",
         progress=lambda *step: seen.append(step), **SHORT,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def test_reloads_to_the_dequantized_model(
 
 def test_everything_else_is_copied_through(tiny, tmp_path):
     source, out = tiny("opt"), tmp_path / "out"
-    quantize(str(source), out, "rtn", group_size=32)
+    quantize_model(str(source), out, "rtn", group_size=32)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
     kept = before.keys() & after.keys()
     assert {name.rpartition(".")[2] for name in before.keys() - kept} == {"weight"}
@@ -86,8 +86,8 @@ def test_base_model_names_get_the_models_own(tiny, tmp_path):
     source = shutil.copytree(tiny("opt"), tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
     save_file({name.removeprefix("model."): value for name, value in tensors.items()}, source / "model.safetensors")
-    quantize(str(source), tmp_path / "a", "rtn", group_size=32)
-    quantize(str(tiny("opt")), tmp_path / "b", "rtn", group_size=32)
+    quantize_model(str(source), tmp_path / "a", "rtn", group_size=32)
+    quantize_model(str(tiny("opt")), tmp_path / "b", "rtn", group_size=32)
     assert {n: t.tolist() for n, t in load_file(tmp_path / "a" / "model.safetensors").items()} == {
         n: t.tolist() for n, t in load_file(tmp_path / "b" / "model.safetensors").items()
     }
@@ -100,7 +100,7 @@ def test_version_1_never_holds_a_zero_of_0(tiny, tmp_path, calibration, bits):
     save_file(tensors, source / "model.safetensors")
     for method in ("rtn", "gptq"):
         out = tmp_path / method
-        quantize(str(source), out, method, bits, 32, sym=False, calibration=calibration, **SHORT)
+        quantize_model(str(source), out, method, bits, 32, sym=False, calibration=calibration, **SHORT)
         restored = weights(out, bits, v2=False)  # it checks the zeros
         if method == "rtn":
             name = "model.layers.0.self_attn.q_proj"
@@ -110,7 +110,7 @@ def test_version_1_never_holds_a_zero_of_0(tiny, tmp_path, calibration, bits):
 
 def test_same_input_same_bytes(tiny, tmp_path, calibration):
     for name in "ab":
-        quantize(str(tiny("qwen2")), tmp_path / name, group_size=32, calibration=calibration, **SHORT)
+        quantize_model(str(tiny("qwen2")), tmp_path / name, group_size=32, calibration=calibration, **SHORT)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
@@ -130,7 +130,7 @@ REFUSED = {
 def test_refuses_settings(tiny, calibration, tmp_path, case):
     settings, message = REFUSED[case]
     with pytest.raises(BadInput, match=message):
-        quantize(str(tiny("llama")), tmp_path / "out", **({"calibration": calibration, **SHORT} | settings))
+        quantize_model(str(tiny("llama")), tmp_path / "out", **({"calibration": calibration, **SHORT} | settings))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,22 +142,22 @@ def edited(source, folder, **config):
 
 
 def test_refuses_models(tiny, tmp_path):
-    quantize(str(tiny("llama")), tmp_path / "done", "rtn")
+    quantize_model(str(tiny("llama")), tmp_path / "done", "rtn")
     with pytest.raises(BadInput, match="already quantized"):
-        quantize(str(tmp_path / "done"), tmp_path / "out", "rtn")
+        quantize_model(str(tmp_path / "done"), tmp_path / "out", "rtn")
     with pytest.raises(BadInput, match="it exists and is not empty"):
-        quantize(str(tiny("llama")), tmp_path / "done", "rtn")
+        quantize_model(str(tiny("llama")), tmp_path / "done", "rtn")
     copy = edited(tiny("llama"), tmp_path, model_type="gpt2")
     with pytest.raises(BadInput, match="model_type 'gpt2'; expected one of llama"):
-        quantize(copy, tmp_path / "out", "rtn")
+        quantize_model(copy, tmp_path / "out", "rtn")
     shutil.rmtree(copy)
     copy = edited(tiny("llama"), tmp_path, intermediate_size=128)
     with pytest.raises(BadInput, match=r"gate_proj.weight: shape \[96, 64\]; expected \[128, 64\]"):
-        quantize(copy, tmp_path / "out", "rtn")
+        quantize_model(copy, tmp_path / "out", "rtn")
     shutil.rmtree(copy)
     copy = edited(tiny("llama"), tmp_path, num_hidden_layers=3)
     with pytest.raises(BadInput, match="no tensor model.layers.2"):
-        quantize(copy, tmp_path / "out", "rtn")
+        quantize_model(copy, tmp_path / "out", "rtn")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_leave_no_folder(tiny, tmp_path, calibration
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
     save_file(tensors, source / "model.safetensors")
     with pytest.raises((BadInput, RunFailed), match="model.layers.1.mlp"):
-        quantize(str(source), tmp_path / "out", method, calibration=calibration, **SHORT)
+        quantize_model(str(source), tmp_path / "out", method, calibration=calibration, **SHORT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
@@ -190,6 +190,6 @@ def test_what_a_killed_run_left_is_replaced(tiny, tmp_path):
     partial.mkdir()
     (partial / "part-00000.safetensors").write_bytes(b"half")
     (tmp_path / "out").mkdir()
-    quantize(str(tiny("llama")), tmp_path / "out", "rtn")
+    quantize_model(str(tiny("llama")), tmp_path / "out", "rtn")
     assert not partial.exists() and not list((tmp_path / "out").glob("part*"))
     load_model(str(tmp_path / "out"), "cpu", "fp32")

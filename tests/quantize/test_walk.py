@@ -7,7 +7,7 @@ from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model, skeleton
 from qzo.model.save import FolderWriter
-from qzo.quantize import gptq, quantize
+from qzo.quantize import gptq, quantize_model
 from qzo.quantize.walk import Walk, add_second_moment
 
 
@@ -46,7 +46,7 @@ def test_every_hessian_is_of_the_inputs_in_the_quantized_model(tiny, tmp_path, m
     monkeypatch.undo()
     monkeypatch.setattr("qzo.quantize.calibration.load_windows", lambda *_: windows)
     monkeypatch.setattr("qzo.model.load.pick_dtype", lambda *_: torch.float32)
-    quantize(str(tiny(family)), tmp_path / "out", group_size=32, calibration="x")
+    quantize_model(str(tiny(family)), tmp_path / "out", group_size=32, calibration="x")
     loaded = load_model(str(tmp_path / "out"), "cpu", "fp32")
     inputs = {}
     for name, module in loaded.layers.items():

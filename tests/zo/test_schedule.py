@@ -11,10 +11,10 @@ from qzo.zo.schedule import schedule
         ("constant", 0, [8, 8, 8, 8]),
         ("constant", 2, [4, 8, 8, 8]),
         ("linear", 0, [8, 6, 4, 2]),
-        ("linear", 2, [4, 8, 4, 2]),
+        ("linear", 2, [4, 8, 8, 4]),
         ("linear", 4, [2, 4, 6, 8]),
         ("cosine", 0, [8, 4 + 2 * 2**0.5, 4, 4 - 2 * 2**0.5]),
-        ("cosine", 1, [8, 4 + 2 * 2**0.5, 4, 4 - 2 * 2**0.5]),
+        ("cosine", 1, [8, 8, 6, 2]),
     ],
 )
 def test_schedule(kind, warmup, expected):
