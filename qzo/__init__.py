@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 # Looked up on first use, so that `import qzo` and `qzo --help` stay fast.
 _PUBLIC = {
     "quantize_model": "qzo.quantize", "tune_model": "qzo.tune", "export_run": "qzo.export", "replay_run": "qzo.replay",

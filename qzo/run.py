@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from qzo_kernels import ops
 
+from qzo import __version__
 from qzo.checkpoint import newest_snapshot
 from qzo.errors import BadInput, RunFailed
 from qzo.journal import Record, read_journal
@@ -141,13 +142,12 @@ def make_header(recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequenc
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
-    for package in ("qzo", "torch", "triton", "transformers", "numpy"):
+    found = {"python": platform.python_version(), "qzo": __version__, "torch": torch.__version__}
+    for package in ("triton", "transformers", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
-    found["torch"] = torch.__version__
     return found
 
 

@@ -125,7 +125,9 @@ def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: i
     perm = _permutation(folder, name, cols, size)
     codes = tensors["qweight"].t().contiguous()
     if perm is not None:
-        codes = pack_codes(unpack_codes(codes, config.bits, cols)[:, perm].contiguous(), config.bits)
+        # Some rows at a time: unpacked as a whole, the codes and their 64-bit intermediates outgrow a layer.
+        for rows_of in codes.split(256):
+            rows_of.copy_(pack_codes(unpack_codes(rows_of, config.bits, cols)[:, perm].contiguous(), config.bits))
     zeros = unpack_zeros(tensors["qzeros"], config, rows).t().contiguous()
     if bool((zeros == zeros[0, 0]).all()):
         zeros = zeros[:1, :1].clone().expand(rows, groups)

@@ -1,0 +1,1 @@
+from tiny_models import one_thread, tiny  # noqa: F401
