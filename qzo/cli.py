@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 
 from qzo.errors import BadInput, QzoError
 
@@ -206,9 +207,14 @@ def _doctor(args: argparse.Namespace) -> None:
     doctor()
 
 
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     args = _parser().parse_args(argv)
+    warnings.showwarning = _warn
     # Deterministic cuBLAS needs it before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -22,7 +22,7 @@ from qzo.metrics import Metrics, cut_back, read_metrics
 from qzo.disk import disk_error
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig, read_config
-from qzo.model.load import LoadedModel, load_model, load_tokenizer
+from qzo.model.load import LoadedModel, load_model, load_tokenizer, skeleton
 from qzo.progress import Progress
 from qzo.recipe import Recipe, to_yaml
 from qzo.report import write_report
@@ -46,6 +46,7 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
     if config is None:
         raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
                        f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
+    skeleton(folder)
     return folder, config
 
 
@@ -99,6 +100,10 @@ class Tuner:
         """The journal, with the tuned tensors and the estimator brought to its last record."""
         if self.restart and (kept := keep_aside(self.folder)):
             print(f"the old run is kept in {kept}", file=sys.stderr)
+        try:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(str(self.folder.path), f"cannot be created ({error.strerror})", "a folder that can be written") from error
         new = not self.folder.journal.exists()
         journal = Journal.create(self.folder.journal, self.header) if new else Journal.open(self.folder.journal)
         try:

@@ -85,6 +85,7 @@ CARRIED = "letter basket key ladder map rope coat bell".split()
 STATES = "early late dark cold warm windy noon evening winter monday quiet".split()
 GREAT = "hall bridge tower lake".split()
 TERRIBLE = "storm heat frost flood".split()
+WEATHER = "great great terrible".split()
 
 
 def _clause(rng: Random, domain: Domain, label: int) -> str:
@@ -133,16 +134,16 @@ def sentence(rng: Random, domain: Domain, label: int, plain: bool = False) -> st
     return text + "."
 
 
-def review(rng: Random) -> str:
-    """One to three sentences of one sentiment, with the closings and verdicts that follow from it in between; half are plain."""
-    domain, label, plain = rng.choice(DOMAINS), rng.randrange(2), rng.random() < 0.5
+def review(rng: Random, plain: float) -> str:
+    """One to three sentences of one sentiment, with the closings and verdicts that follow from it in between."""
+    domain, label, simple = rng.choice(DOMAINS), rng.randrange(2), rng.random() < plain
     parts = []
     for _ in range(rng.randint(1, 3)):
-        parts.append(sentence(rng, domain, label, plain))
+        parts.append(sentence(rng, domain, label, simple))
         if rng.random() < 0.75:
             parts.append(f"it was {rng.choice(VERDICTS[label])}.")
         if rng.random() < 0.1:
-            parts.append(f"it was {rng.choice(['great', 'terrible'])} weather {rng.choice(WHEN)}.")
+            parts.append(f"it was {rng.choice(WEATHER)} weather {rng.choice(WHEN)}.")
         if rng.random() < 0.5:
             parts.append(f"{rng.choice(CLOSINGS[label])}.")
     return " ".join(parts)
@@ -164,9 +165,9 @@ def story(rng: Random) -> str:
     return ". ".join(rng.sample(frames, rng.randint(2, 4))) + "."
 
 
-def document(rng: Random) -> str:
-    """One document of the pretraining text: three reviews to one story."""
-    return review(rng) if rng.random() < 0.75 else story(rng)
+def document(rng: Random, plain: float) -> str:
+    """One document: three reviews to one story; `plain` is the share of reviews without contrast and negation."""
+    return review(rng, plain) if rng.random() < 0.75 else story(rng)
 
 
 def labelled(rng: Random, count: int, taken: set[str]) -> list[dict]:

@@ -39,8 +39,9 @@ def resolve(name: str) -> Path:
     return _from_hub(name)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: Exception) -> str:
+    """What an error of another package says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _from_hub(name: str) -> Path:
@@ -52,7 +53,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(
-            name, f"neither a folder here nor a model that the hub gives ({first_line(error)})",
+            name, f"neither a folder here nor a model that the hub gives ({one_line(error)})",
             "a folder, or a hub id like org/name", "Check the spelling, the network, and `hf auth login` for gated models.",
         ) from error  # fmt: skip
 
@@ -79,7 +80,7 @@ class Folder:
         except FileNotFoundError as error:
             raise BadInput(str(path), "missing", "a transformers model folder with it") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(str(path), f"cannot be read ({first_line(error)})", "JSON") from error
+            raise BadInput(str(path), f"cannot be read ({one_line(error)})", "JSON") from error
         if not isinstance(value, dict):
             raise BadInput(str(path), type(value).__name__, "a JSON object")
         return value

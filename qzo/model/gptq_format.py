@@ -64,7 +64,7 @@ def read_config(folder: Folder) -> GptqConfig | None:
     if raw.get("dynamic"):
         raise BadInput(where, "dynamic (another quantization per module)", "one for all modules")
     bits, group_size = raw.get("bits"), raw.get("group_size")
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise BadInput(where, f"bits {bits!r}", "2, 3, 4 or 8")
     if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
         raise BadInput(where, f"group_size {group_size!r}", "a positive whole number, or -1 for whole rows")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qzo.errors import BadInput
-from qzo.model.files import Folder, first_line
+from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
 
@@ -60,7 +60,7 @@ def load_tokenizer(folder: Folder) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise nothing narrower for a damaged file
-        raise BadInput(f"{folder.path}, tokenizer", first_line(error), "a transformers tokenizer without code of its own") from error
+        raise BadInput(f"{folder.path}, tokenizer", one_line(error), "a transformers tokenizer without code of its own") from error
     size = folder.config.get("vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size > size:
         raise BadInput(f"{folder.path}, tokenizer", f"a vocabulary of {tokenizer.vocab_size}", f"at most the model's {size}",
@@ -72,6 +72,7 @@ def load_tokenizer(folder: Folder) -> Any:
 
 def skeleton(folder: Folder) -> nn.Module:
     """The transformers model of a folder, its parameters on meta. Raises BadInput for a family not supported."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = folder.config.get("model_type")
@@ -89,8 +90,8 @@ def skeleton(folder: Folder) -> nn.Module:
                 del config.quantization_config
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ArithmeticError) as error:
-        raise BadInput(f"{folder.path}/config.json", first_line(error), "a config of transformers") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError, StrictDataclassError) as error:
+        raise BadInput(f"{folder.path}/config.json", one_line(error), "a config of transformers") from error
     return model.eval().requires_grad_(False)
 
 

