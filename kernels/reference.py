@@ -23,13 +23,20 @@ def philox(
     key: Tensor | int, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four words. `key` is an int64 seed; counters and words are int64 tensors (or ints) holding uint32."""
-    k0, k1 = key & _WORD, (key >> 32) & _WORD
-    for _ in range(10):
+    tensors = [c for c in (c0, c1, c2, c3) if isinstance(c, Tensor)]
+    device = tensors[0].device if tensors else None
+    counters = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in (c0, c1, c2, c3)))
+    # Both halves of a round in one operation each: even = (c0, c2), odd = (c1, c3).
+    even, odd = torch.stack(counters[0::2]), torch.stack(counters[1::2])
+    shape = (2,) + (1,) * (even.dim() - 1)
+    factors = torch.tensor([0xD2511F53, 0xCD9E8D57], device=device).view(shape)
+    for i in range(10):
+        keys = [(int(key) + i * 0x9E3779B9) & _WORD, ((int(key) >> 32) + i * 0xBB67AE85) & _WORD]
         # The int64 product wraps, but its 64 bits are those of the unsigned product.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+        product = (even * factors).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(torch.tensor(keys, device=device).view(shape)).bitwise_and_(_WORD)
+        odd = product.bitwise_and_(_WORD)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def _words(
@@ -48,15 +55,19 @@ def _words(
     return torch.stack(philox(seed, block, uid, step, direction * 8 + stream), dim=-1).view(*lead, rows, calls, 4)
 
 
+# Both signs of a direction and the update draw the same few words: 32 bytes for 128 columns of a row.
+_kept_words = functools.lru_cache(maxsize=512)(_words)
+
+
 def rademacher(shape: _Shape, seed: int, step: int | Tensor, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
     """f32 [rows, cols] of ±1, one Philox call per row and 128 columns: bit col % 128, least significant first; 1 → +1.
 
     For steps int64 [S]: f32 [S, rows, cols].
     """
-    cols = shape[1]
-    words = _words(shape, 128, seed, step, direction, uid, 0, device).flatten(-2)[..., : (cols + 31) // 32]
-    shifts = torch.arange(32, dtype=torch.int64, device=device)
-    bits = ((words[..., None] >> shifts) & 1).flatten(-2)[..., :cols]
+    draw = _words if isinstance(step, Tensor) else _kept_words
+    words = draw(tuple(shape), 128, seed, step, direction, uid, 0, device).flatten(-2)
+    col = torch.arange(shape[1], device=device)
+    bits = (words[..., col // 32] >> (col % 32)).bitwise_and_(1)
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
@@ -122,11 +133,13 @@ def update_(
     at_once = max(1, _CHUNK // values.numel())
     for start in range(0, len(coefs), at_once):
         rows = coefs[start : start + at_once]
-        steps = torch.arange(first + start, first + start + len(rows), device=values.device)
+        steps = first + start
+        if len(rows) > 1:
+            steps = torch.arange(first + start, first + start + len(rows), device=values.device)
         c = torch.zeros(len(rows), *values.shape, device=values.device)
         for direction in range(coefs.shape[1]):
             if rows[:, direction].any():
-                c += _noise(values, seed, steps, direction, uid, gaussian).mul_(rows[:, direction, None, None])
+                c += _noise(values, seed, steps, direction, uid, gaussian) * rows[:, direction, None, None]
         for moved in c:
             if relative:
                 values.mul_(1 - moved)

@@ -6,7 +6,7 @@ import shlex
 import sys
 import warnings
 
-from qzo.errors import BadInput, QzoError
+from qzo.errors import QzoError
 
 EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
 130/143 interrupted after writing what was learned
@@ -211,9 +211,20 @@ def _warn(message: Warning | str, *_: object) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.verb == "tune":  # argparse does not take the key=value that follow an option
+        args.overrides += [item for item in rest if not item.startswith("-")]
+        rest = [item for item in rest if item.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     warnings.showwarning = _warn
     # Deterministic cuBLAS needs it before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from qzo.disk import disk_error
 from qzo.memory import gigabytes
 from qzo.metrics import read_metrics
 from qzo.run import RunFolder
@@ -75,11 +76,19 @@ def _plot(folder: RunFolder, path: Path) -> None:
 
 
 def write_report(folder: RunFolder, header: dict[str, Any], command: str, state_sha256: str) -> dict[str, Any]:
-    """Write loss.png and report.md; returns `results` with the hash of the tuned tensors."""
+    """Write loss.png and report.md; returns `results` with the hash of the tuned tensors. RunFailed on a full disk."""
     figures = {**results(folder), "state_sha256": state_sha256}
-    _plot(folder, folder.path / "loss.png")
+    try:
+        _plot(folder, folder.path / "loss.png")
+        (folder.path / "report.md").write_text(_text(header, figures, command), encoding="utf-8")
+    except OSError as error:
+        raise disk_error(folder.path / "loss.png, report.md", error) from error
+    return figures
+
+
+def _text(header: dict[str, Any], figures: dict[str, Any], command: str) -> str:
     recipe, versions = header["recipe"], header["versions"]
-    text = f"""# {header["recipe_name"]}, seed {header["seed"]}
+    return f"""# {header["recipe_name"]}, seed {header["seed"]}
 
 {table(figures)}
 
@@ -87,7 +96,7 @@ def write_report(folder: RunFolder, header: dict[str, Any], command: str, state_
 
 - command: `{command}`
 - base model: {header["base"]["model"]} (SHA-256 of its weights {header["base"]["sha256"]})
-- tuned: {", ".join(f"{len(g['tensors'])} {g['name']} tensors" for g in header["groups"])} (SHA-256 {state_sha256})
+- tuned: {", ".join(f"{len(g['tensors'])} {g['name']} tensors" for g in header["groups"])} (SHA-256 {figures["state_sha256"]})
 - example-forwards: {figures["forwards"]}; skipped steps: {figures["skipped"]}
 - device: {header["device"]}, {header["dtype"].removeprefix("torch.")}, {header["threads"]} threads
 - versions: {", ".join(f"{name} {value}" for name, value in versions.items())}
@@ -98,5 +107,3 @@ def write_report(folder: RunFolder, header: dict[str, Any], command: str, state_
 | key | value |
 | --- | --- |
 """ + "".join(f"| {key} | {value} |\n" for key, value in recipe.items())
-    (folder.path / "report.md").write_text(text, encoding="utf-8")
-    return figures

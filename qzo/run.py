@@ -70,7 +70,7 @@ def claim(recipe: Recipe, name: str, restart: bool = False) -> tuple[RunFolder, 
         raise BadInput(str(folder.path), "a file", "a folder for the run", "Choose another output_dir.")
     present = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
     if not present.is_dir() or not os.access(present, os.W_OK):
-        raise BadInput(str(folder.path), f"cannot be created in {present}", "a folder that can be written", "Choose another output_dir.")
+        raise BadInput(str(folder.path), f"cannot be written in {present}", "a folder that can be", "Choose another output_dir.")
     if not folder.journal.exists():
         taken = next((name for name in OWN_FILES if (folder.path / name).exists()), None)
         if taken:

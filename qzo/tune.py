@@ -15,11 +15,11 @@ from qzo.data.batches import Batch, batch_indices, collate
 from qzo.data.encode import Encoded, encode_examples, padding_id
 from qzo.data.loss import per_example_loss
 from qzo.data.tasks import Example, Task, get_task, load_examples
+from qzo.disk import disk_error
 from qzo.errors import BadInput, Interrupted, RunFailed
 from qzo.evaluate import evaluate_task
-from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record, read_journal
+from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Metrics, cut_back, read_metrics
-from qzo.disk import disk_error
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig, read_config
 from qzo.model.load import LoadedModel, load_model, load_tokenizer, skeleton
@@ -196,7 +196,7 @@ class Tuner:
             stop.check()
             progress.update(done)
 
-        size = max(self.recipe.batch_size, 32)
+        size = self.recipe.micro_batch or max(self.recipe.batch_size, 32)
         scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.recipe.max_length, size, shown)
         progress.close()
         metrics.write({"after": self.optimizer.steps, "evaluation": scores})

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from qzo.errors import BadInput
+from qzo.model.files import BUILTIN, resolve
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -12,10 +13,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 def read_records(data: str | Path, split: str) -> list[tuple[str, dict]]:
     """All records of `split` as (where it stands, fields).
 
-    `data` is a folder that holds {split}.jsonl, a .jsonl file, or a hub id `owner/name` or `owner/name:config`.
+    `data` is a folder that holds {split}.jsonl, a .jsonl file, `builtin:NAME`, or a hub id `owner/name` or `owner/name:config`.
     BadInput names the file and the line of what cannot be read, and says when a split is empty.
     """
-    path = Path(data)
+    path = resolve(str(data)) if str(data).startswith(BUILTIN) else Path(data)
     if path.is_dir():
         found = _read_folder(path, split)
     elif path.is_file():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qzo.errors import BadInput
+from qzo.errors import BadInput, RunFailed
 
 BUILTIN = "builtin:"
 SIDE_FILES = (
@@ -165,4 +165,11 @@ class Folder:
         for pattern in SIDE_FILES:
             for path in self.path.glob(pattern):
                 if path.is_file() and path.suffix not in (".bin", ".pt", ".py"):
-                    shutil.copyfile(path, out / path.name)
+                    self._copy(path, out / path.name)
+
+    @staticmethod
+    def _copy(source: Path, target: Path) -> None:
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:  # it would name the source
+            raise RunFailed(str(target), f"cannot be written ({error.strerror})", "free space", "Free some and start again.") from error

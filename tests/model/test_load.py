@@ -138,6 +138,17 @@ def test_names_without_the_leading_model(quantized, tmp_path):
     assert torch.equal(logits(whole.model), logits(base.model)) and whole.layers.keys() == base.layers.keys()
 
 
+def test_a_padding_token_that_the_model_has_no_embedding_for(quantized, tmp_path):
+    """Often added to a tokenizer alone; rows are padded with another token then."""
+    copy = shutil.copytree(quantized("llama"), tmp_path / "model")
+    tokenizer = load_model(str(copy), "cpu", "fp32").tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "eos_token": "a"})
+    assert tokenizer.pad_token_id == 256
+    tokenizer.save_pretrained(copy)
+    tokenizer = load_model(str(copy), "cpu", "fp32").tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id < 256
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A local cache laid out as the hub's, and no network: (id, folder) -> the folder in it."""
