@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from qzo_kernels import ops
 
-from qzo import __version__
+import qzo
 from qzo.checkpoint import newest_snapshot
 from qzo.errors import BadInput, RunFailed
 from qzo.journal import Record, read_journal
@@ -145,7 +145,7 @@ def make_header(recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequenc
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "qzo": __version__, "torch": torch.__version__}
+    found = {"python": platform.python_version(), "qzo": qzo.__version__, "torch": torch.__version__}
     for package in ("triton", "transformers", "numpy"):
         try:
             found[package] = version(package)
