@@ -11,7 +11,7 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> str:
     """The resolved recipe, the run's folder and state, the data, the work, and the bytes of the weights."""
     where, header = claim(recipe, name, restart)
     folder, config = quantized_folder(recipe)
-    train, validation, _ = load_data(recipe, load_tokenizer(folder))
+    train, validation, _ = load_data(recipe, load_tokenizer(folder), folder.fit_length(recipe.max_length))
     rows = sum(len(e.rows) for e in train) / len(train)
     tokens = sum(len(row) for e in train for row in e.rows) / len(train)
     forwards = 2 * recipe.directions * recipe.batch_size * recipe.steps * rows

@@ -51,7 +51,7 @@ def score(model: str, question: Question, device: str = "auto", dtype: str | Non
     else:
         with Progress("evaluate", len(examples)) as progress:
             figures = evaluate_task(
-                loaded.model, tokenizer, task, examples, max_length, question.batch_size,
+                loaded.model, tokenizer, task, examples, loaded.folder.fit_length(max_length), question.batch_size,
                 lambda done, total: progress.update(done),
             )  # fmt: skip
     return figures if steps is None else {**figures, "steps": steps}

@@ -50,13 +50,13 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
     return folder, config
 
 
-def load_data(recipe: Recipe, tokenizer: object) -> tuple[list[Encoded], list[Example], Task]:
+def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
     """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
     task = task_of(recipe)
     train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples)
-    encoded, truncated = encode_examples(train, tokenizer, recipe.max_length)
+    encoded, truncated = encode_examples(train, tokenizer, max_length)
     if truncated:
-        print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={recipe.max_length})", file=sys.stderr)
+        print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={max_length})", file=sys.stderr)
     return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples), task
 
 
@@ -84,7 +84,8 @@ class Tuner:
         if header:
             check_base(model, header)
         self.tokenizer = load_tokenizer(model)
-        self.train, self.validation, self.task = load_data(recipe, self.tokenizer)
+        self.max_length = model.fit_length(recipe.max_length)
+        self.train, self.validation, self.task = load_data(recipe, self.tokenizer, self.max_length)
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
@@ -197,7 +198,7 @@ class Tuner:
             progress.update(done)
 
         size = self.recipe.micro_batch or max(self.recipe.batch_size, 32)
-        scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.recipe.max_length, size, shown)
+        scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, size, shown)
         progress.close()
         metrics.write({"after": self.optimizer.steps, "evaluation": scores})
         return scores

@@ -73,6 +73,11 @@ class Folder:
         self._handles: dict[str, Any] = {}
         self.tensors = self._locate()
 
+    def fit_length(self, max_length: int) -> int:
+        """`max_length` tokens, or the model's context where that is shorter."""
+        context = self.config.get("max_position_embeddings")
+        return min(max_length, context) if isinstance(context, int) and context > 0 else max_length
+
     def read_json(self, name: str) -> dict:
         path = self.path / name
         try:

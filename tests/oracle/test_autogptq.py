@@ -12,13 +12,16 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import make_model, write_recipe
 from torch import nn
 
+from qzo.cli import main
 from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model
 from qzo.model.save import FolderWriter
 from qzo.quantize import quantize_model, rtn
 from qzo.quantize.walk import write_linear
+from qzo.run import load_run
 
 FILE = "auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py"
 # The file is plain Python: one wheel serves every interpreter.
@@ -79,3 +82,23 @@ def test_reads_what_quantize_writes(auto_gptq, tiny, calibration, tmp_path, bits
             assert torch.allclose(theirs(x), layer(x), rtol=1e-4, atol=1e-4)
             identity = theirs(torch.eye(layer.in_features)) - theirs.bias
             assert torch.allclose(identity.t(), layer.weight(torch.float32), atol=1e-6)
+
+
+def test_reads_what_export_writes(auto_gptq, sentiment, tmp_path):
+    """A tuned checkpoint dequantizes, by auto-gptq, to the run's codes under its scales rounded to fp16."""
+    quantize_model(str(make_model(tmp_path / "wide", intermediate_size=96)), tmp_path / "w4", "rtn", 4, 32)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "w4", sentiment, steps=3, lr=0.05)
+    assert main(["tune", recipe]) == 0
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
+    tensors, (run, _, steps) = load_file(tmp_path / "out/model.safetensors"), load_run(str(tmp_path / "run"), "cpu")
+    base, bits, moved = load_model(str(tmp_path / "w4"), "cpu", "fp32"), run.config.bits, 0
+    for name, layer in run.layers.items():
+        size, shape = run.config.group_size, (layer.in_features, layer.out_features)
+        theirs = auto_gptq.QuantLinear(bits, size, *shape, bias=False, weight_dtype=torch.float32)
+        held = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "g_idx", "scales")}
+        theirs.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in held.items()}, strict=True)
+        with torch.no_grad():
+            read = theirs(torch.eye(layer.in_features)).t()
+        assert torch.allclose(read, layer.dequantize(layer.scales.half().float(), torch.float32), atol=1e-6)
+        moved += not torch.allclose(read, base.layers[name].weight(torch.float32), atol=1e-6)
+    assert steps == 3 and moved == len(run.layers)
