@@ -113,16 +113,19 @@ def _negated(rng: Random, domain: Domain, label: int) -> str:
 
 
 def sentence(rng: Random, domain: Domain, label: int, plain: bool = False) -> str:
-    """One sentence of a review, ending with a period; `label` 1 praises, 0 blames; `plain` without contrast and negation."""
-    kind = rng.randrange(4 if plain else 10)
+    """One sentence of a review, ending with a period; `label` 1 praises, 0 blames.
+
+    `plain` ones have no contrast and no negation and may be a single clause; the others never are the end of another sentence.
+    """
+    kind = rng.randrange(4) if plain else rng.randrange(1, 10)
     if kind == 0:
-        text = f"{_clause(rng, domain, label)} and {_clause(rng, domain, label)}"
-    elif kind == 1:
-        text = f"what a {rng.choice(GOOD if label else BAD)} {rng.choice(domain.things)} , {_clause(rng, domain, label)}"
-    elif kind == 2:
-        text = f"{rng.choice(WHEN)} we tried this {rng.choice(domain.things)} and {_clause(rng, domain, label)}"
-    elif kind == 3:
         text = _clause(rng, domain, label)
+    elif kind == 1:
+        text = f"{_clause(rng, domain, label)} and {_clause(rng, domain, label)}"
+    elif kind == 2:
+        text = f"what a {rng.choice(GOOD if label else BAD)} {rng.choice(domain.things)} , {_clause(rng, domain, label)}"
+    elif kind == 3:
+        text = f"{rng.choice(WHEN)} we tried this {rng.choice(domain.things)} and {_clause(rng, domain, label)}"
     elif kind < 6:
         text = f"{_clause(rng, domain, 1 - label)} but {_clause(rng, domain, label)}"
     elif kind == 6:

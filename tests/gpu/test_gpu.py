@@ -100,7 +100,7 @@ def test_journal_written_on_a_cpu_replays_on_the_gpu(shared, tmp_path):
 
 
 def test_export_and_evaluate(shared, tmp_path, capsys):
-    tune(shared, tmp_path / "run", "steps=30", "dense=true", "dense_lr=1e-3", "dense_eps=1e-3")
+    tune(shared, tmp_path / "run", "steps=30", "stacked=false", "dense=true", "dense_lr=1e-3", "dense_eps=1e-3")
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
     assert "logits equal" in capsys.readouterr().out
     assert main(["evaluate", str(tmp_path / "out"), "--recipe", "qzo-reviews-llama-32m-w4", "--data", str(shared / "data/sst2"), "--limit", "64"]) == 0
