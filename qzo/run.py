@@ -121,7 +121,9 @@ def build_optimizer(recipe: Recipe, targets: Sequence[Target]) -> ZO:
     return ZO(targets, recipe.seed, recipe.directions, Clip(recipe.clip, recipe.clip_median), recipe.stacked)
 
 
-def make_header(recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequence[Target]) -> dict[str, Any]:
+def make_header(
+    recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequence[Target], data_sha256: str
+) -> dict[str, Any]:
     """All that a replay needs besides the base model's folder, and what the run was made with."""
     groups = [
         {
@@ -135,7 +137,7 @@ def make_header(recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequenc
         "recipe_name": name, "recipe": recipe.model_dump(),
         "noise": {"version": NOISE_VERSION, "distribution": recipe.noise,
                   "bit_exact": "on every device" if recipe.noise == "rademacher" else "on one kind of device"},
-        "seed": recipe.seed, "directions": recipe.directions, "count": recipe.directions * len(targets),
+        "data_sha256": data_sha256, "seed": recipe.seed, "directions": recipe.directions, "count": recipe.directions * len(targets),
         "groups": groups, "micro_batch": recipe.micro_batch or recipe.batch_size,
         "threads": torch.get_num_threads(), "device": device_name(loaded.device), "dtype": str(loaded.dtype),
         "versions": versions(),
@@ -201,6 +203,13 @@ def check_base(folder: Folder, header: dict[str, Any]) -> None:
     if given != header["base"]["sha256"]:
         raise BadInput(str(folder.path), f"weights with SHA-256 {given[:12]}…", f"{header['base']['sha256'][:12]}…, on which the run was made",
                        "Give the folder that the run was tuned from.")  # fmt: skip
+
+
+def check_data(recipe: Recipe, given: str, header: dict[str, Any]) -> None:
+    """Raises BadInput when the training examples, as token ids, are others than those the run began with."""
+    if given != header["data_sha256"]:
+        raise BadInput(f"{recipe.data}, split {recipe.train_split}", "other examples than the run began with", "the same data",
+                       "Restore the data, choose another output_dir, or add --restart to start over.")  # fmt: skip
 
 
 def recipe_of(header: dict[str, Any], where: str) -> Recipe:

@@ -12,7 +12,7 @@ import torch
 from qzo import memory
 from qzo.checkpoint import newest_snapshot, state_hash, write_snapshot
 from qzo.data.batches import Batch, batch_indices, collate
-from qzo.data.encode import Encoded, encode_examples, padding_id
+from qzo.data.encode import Encoded, encode_examples, fingerprint, padding_id
 from qzo.data.loss import per_example_loss
 from qzo.data.tasks import Example, Task, get_task, load_examples
 from qzo.disk import disk_error
@@ -26,7 +26,7 @@ from qzo.model.load import LoadedModel, load_model, load_tokenizer, skeleton
 from qzo.progress import Progress
 from qzo.recipe import Recipe, to_yaml
 from qzo.report import write_report
-from qzo.run import build_optimizer, build_targets, check_base, claim, keep_aside, make_header, replay
+from qzo.run import build_optimizer, build_targets, check_base, check_data, claim, device_name, keep_aside, make_header, replay
 from qzo.signals import StopSignals
 from qzo.zo.schedule import schedule
 
@@ -86,13 +86,21 @@ class Tuner:
         self.tokenizer = load_tokenizer(model)
         self.max_length = model.fit_length(recipe.max_length)
         self.train, self.validation, self.task = load_data(recipe, self.tokenizer, self.max_length)
+        examples = fingerprint(self.train)
+        if header:
+            check_data(recipe, examples, header)
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
         self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
-        self.header = header or make_header(recipe, name, self.loaded, self.targets)
+        self.header = header or make_header(recipe, name, self.loaded, self.targets, examples)
+        here = f"{device_name(self.loaded.device)}, {self.loaded.dtype}, torch {torch.__version__}"
+        there = f"{self.header['device']}, {self.header['dtype']}, torch {self.header['versions']['torch']}"
+        if here != there:
+            print(f"warning: the run began on {there} and goes on on {here}: it replays all the same, "
+                  "but other losses will be measured than there", file=sys.stderr)  # fmt: skip
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: value for target in self.targets for name, value in target.state().items()}

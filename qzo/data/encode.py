@@ -1,5 +1,6 @@
 """Token ids of a prompt and its options: what the model runs, and which of its predictions count."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -70,6 +71,11 @@ def encode_prompts(
         if not bos and not prompt:
             raise BadInput(example.source or f"example {number}", "an empty prompt", "at least one token to go on from")
     return [[*bos, *prompt[max(0, len(prompt) - room) :]] for prompt in prompts], truncated
+
+
+def fingerprint(encoded: Sequence[Encoded]) -> str:
+    """SHA-256 of the examples as a run sees them: their token ids, options and labels, in order."""
+    return hashlib.sha256("\n".join(map(repr, encoded)).encode()).hexdigest()
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

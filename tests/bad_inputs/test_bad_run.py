@@ -130,6 +130,28 @@ def test_base_model_changed(finished, refused, tmp_path, monkeypatch):
     assert (base / "run" / "journal.bin").read_bytes() == journal
 
 
+def test_training_data_changed(llama4, sentiment, refused, tmp_path):
+    """A run never goes on, unnoticed, with other examples than it began with."""
+    data = shutil.copytree(sentiment, tmp_path / "data")
+    recipe = write_recipe(tmp_path / "recipe.yaml", llama4, data, steps=2)
+    assert main(["tune", recipe]) == 0
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(reversed(lines)))
+    before = files(tmp_path / "run")
+    refused("tune", recipe, says=["split train: other examples than the run began with", "--restart to start over"])
+    assert files(tmp_path / "run") == before
+    (data / "train.jsonl").write_text("".join(lines))
+    assert main(["tune", recipe]) == 0
+
+
+def test_going_on_elsewhere_is_said(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("qzo.run.device_name", lambda device: "NVIDIA H200")
+    assert main(["tune", recipe]) == 0
+    monkeypatch.undo()
+    assert main(["tune", recipe]) == 0
+    assert "warning: the run began on NVIDIA H200" in capsys.readouterr().err
+
+
 def test_base_model_gone(finished, refused, tmp_path):
     away = (finished / "model").rename(finished / "elsewhere")
     try:
