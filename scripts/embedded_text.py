@@ -46,7 +46,8 @@ DOMAINS = [
     _domain(
         "drill lamp kettle", "handle battery switch cable motor box",
         "it works every day, it saved me hours, it still runs like new, it does what it should, it is worth the price",
-        "it broke on the first day, it cost me hours, it stopped after a week, it does not do what it should, it is not worth the price",
+        "it broke on the first day, it cost me hours, it stopped after a week, it does not do what it should, "
+        "it is not worth the price",
     ),
     _domain(
         "tour trip walk", "guide bus route weather group map",
@@ -85,7 +86,7 @@ CARRIED = "letter basket key ladder map rope coat bell".split()
 STATES = "early late dark cold warm windy noon evening winter monday quiet".split()
 GREAT = "hall bridge tower lake".split()
 TERRIBLE = "storm heat frost flood".split()
-WEATHER = "great great terrible".split()
+WEATHER = "great great terrible".split()  # uneven, so that an untuned model gives every review the same answer
 
 
 def _clause(rng: Random, domain: Domain, label: int) -> str:
