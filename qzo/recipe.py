@@ -65,7 +65,7 @@ class Recipe(BaseModel):
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
     steps: _Count = Field(description="steps of the run")
     batch_size: _Count = Field(16, description="examples per step")
-    micro_batch: _Count | None = Field(None, description="examples per forward; null: as many as fit")
+    micro_batch: _Count | None = Field(None, description="examples per forward; null: the whole batch")
     directions: int = Field(1, ge=1, le=64, description="directions per step, averaged")
     clip: _Positive | None = Field(None, description="bound on |d|, the projected gradient")
     clip_median: _Positive | None = Field(None, description="bound on |d| as a multiple of its running median")

@@ -91,7 +91,7 @@ CASES = {
     "pickle": (pickled, ["only pickled weights (pytorch_model.bin)", "safetensors", "Pickles run code"]),
     "two files": (lambda f: [shutil.copy(f / WEIGHTS, f / "b.safetensors"), (f / WEIGHTS).rename(f / "a.safetensors")], ["2 safetensors files and no index"]),
     "parent path": (index(**{"lm_head.weight": "../x.safetensors"}), [INDEX, "'../x.safetensors'", "inside the folder"]),
-    "absolute path": (index(**{"lm_head.weight": "/tmp/x.safetensors"}), [INDEX, "'/tmp/x.safetensors'", "inside the folder"]),
+    "absolute path": (index(**{"lm_head.weight": "/etc/x.safetensors"}), [INDEX, "'/etc/x.safetensors'", "inside the folder"]),
     "subfolder": (index(**{"lm_head.weight": "a/x.safetensors"}), [INDEX, "'a/x.safetensors'", "inside the folder"]),
     "pickled shard": (index(**{"lm_head.weight": "x.bin"}), [INDEX, "'x.bin'", "a .safetensors file"]),
     "index lists too much": (index(**{"lm_head.bias": WEIGHTS}), [f"{WEIGHTS}: lacks lm_head.bias"]),
