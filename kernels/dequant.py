@@ -1,65 +1,94 @@
-"""Triton kernel of `dequantize`: packed codes [N, words] to weights [N, K], bound by the bytes it writes."""
+"""Triton kernel of `dequantize`: codes as pack.tile_codes lays them out to weights [N, K], bound by the bytes it writes.
 
-import math
+Rademacher noise is made in registers: one Philox call per row of a tile.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qzo_kernels import noise as noise_functions
+from qzo_kernels.pack import TILE
+
+_WIDTH = 1024  # columns per program at most: a multiple of the 128 columns of a block of codes
+
 
 @triton.jit
-def _spread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, TIMES: tl.constexpr):
+def plane(p_codes, row, inside, words, block, blocks, FIRST: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+    """int32 [len(row), 128·BLOCKS]: the B-bit fields of the plane that begins at word FIRST of every block."""
+    i = tl.arange(0, BLOCKS * 4 * B)
+    at = (block + i // (4 * B)) * (4 * BITS) + FIRST + i % (4 * B)
+    mask = inside[:, None] & (block + i // (4 * B) < blocks)[None, :]
+    w = tl.load(p_codes + row[:, None] * words + at[None, :], mask=mask, other=0)
+    w = tl.permute(tl.reshape(w, (row.shape[0], BLOCKS, 4, B)), (0, 1, 3, 2))  # [rows, blocks, v, t]
+    shift = tl.arange(0, 16 // B)[:, None] * B + tl.arange(0, 2)[None, :] * 16  # [p, h]
+    field = (w[:, :, :, :, None, None] >> shift[None, None, None, None, :, :]) & ((1 << B) - 1)
+    return tl.reshape(tl.permute(field, (0, 1, 4, 2, 3, 5)), (row.shape[0], BLOCKS * 128))
+
+
+@triton.jit
+def spread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, TIMES: tl.constexpr):
     """[ROWS, WIDTH // TIMES] to [ROWS, WIDTH]: every column repeated TIMES times."""
     return tl.reshape(tl.broadcast_to(x[:, :, None], (ROWS, WIDTH // TIMES, TIMES)), (ROWS, WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["uid"])
 def _dequantize_kernel(
-    p_out, p_codes, p_scales, p_zeros, rows, cols, words, groups, group_size, stride_zn, stride_zg,
-    BITS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):
+    p_out, p_codes, p_scales, p_zeros, p_state, p_eps, rows, cols, words, groups, group_size, stride_zn, stride_zg, uid, floor,
+    BITS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, NOISE: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = BLOCKS * 128
     across = tl.cdiv(cols, WIDTH)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % across * WIDTH
-    col = first + tl.arange(0, WIDTH)[None, :]
+    inside = row < rows
+    blocks = tl.cdiv(cols, 128)
     if BITS == 3:
-        PER: tl.constexpr = 8
-        # Eight codes are 24 bits from bit 0, 8, 16 or 24 of a word on: they may reach into the next word.
-        eight = first // 8 + tl.arange(0, WIDTH // 8)[None, :]
-        word = eight * 24 // 32
-        shift = (eight * 24 % 32).to(tl.uint32)
-        inside = (row < rows) & (word < words)
-        packed = tl.load(p_codes + row * words + word, mask=inside).to(tl.uint32, bitcast=True) >> shift
-        inside = (row < rows) & (word + 1 < words) & (shift > 8)
-        beyond = tl.load(p_codes + row * words + word + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        packed = (packed | (beyond << ((32 - shift) & 31))).to(tl.int32, bitcast=True)
+        q = plane(p_codes, row, inside, words, first // 128, blocks, 0, 2, 3, BLOCKS)
+        q |= plane(p_codes, row, inside, words, first // 128, blocks, 8, 1, 3, BLOCKS) << 2
     else:
-        PER: tl.constexpr = 32 // BITS
-        word = first // PER + tl.arange(0, WIDTH // PER)[None, :]
-        packed = tl.load(p_codes + row * words + word, mask=(row < rows) & (word < words))
-    q = (packed[:, :, None] >> (tl.arange(0, PER) * BITS)[None, None, :]) & ((1 << BITS) - 1)
-    q = tl.reshape(q, (ROWS, WIDTH))
+        q = plane(p_codes, row, inside, words, first // 128, blocks, 0, BITS, BITS, BLOCKS)
     # UNIT columns always share a group: one load for all of them.
-    unit = first + tl.arange(0, WIDTH // UNIT)[None, :] * UNIT
+    unit = first + tl.arange(0, WIDTH // UNIT) * UNIT
     group = unit // group_size
-    inside = (row < rows) & (unit < cols)
-    scale = tl.load(p_scales + row * groups + group, mask=inside)
-    zero = tl.load(p_zeros + row * stride_zn + group * stride_zg, mask=inside).to(tl.int32)
-    w = (q - _spread(zero, ROWS, WIDTH, UNIT)).to(tl.float32) * _spread(scale, ROWS, WIDTH, UNIT)
-    tl.store(p_out + row * cols + col, w.to(p_out.dtype.element_ty), mask=(row < rows) & (col < cols))
+    held = inside[:, None] & (unit < cols)[None, :]
+    scale = tl.load(p_scales + row[:, None] * groups + group[None, :], mask=held)
+    if NOISE:
+        eps = tl.load(p_eps)
+        at = group % 128
+        w0, w1, w2, w3 = noise_functions.words(
+            tl.load(p_state), row * tl.cdiv(groups, 128) + first // group_size // 128, uid, tl.load(p_state + 1), tl.load(p_state + 2), 0
+        )
+        scale = noise_functions.moved(scale, noise_functions.sign(w0, w1, w2, w3, at), eps, floor, RELATIVE)
+    zero = tl.load(p_zeros + row[:, None] * stride_zn + group[None, :] * stride_zg, mask=held).to(tl.int32)
+    w = (q - spread(zero, ROWS, WIDTH, UNIT)).to(tl.float32) * spread(scale, ROWS, WIDTH, UNIT)
+    col = first + tl.arange(0, WIDTH)
+    tl.store(p_out + row[:, None] * cols + col[None, :], w.to(p_out.dtype.element_ty), mask=inside[:, None] & (col < cols)[None, :])
 
 
 def launch_dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, out: Tensor
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, out: Tensor, noise=None
 ) -> None:
-    """`reference.dequantize` into `out` on its device; arguments as checked by ops.py."""
-    rows = codes.shape[0]
-    width = min(1024, max(16, triton.next_power_of_2(cols)))
+    """`reference.dequantize` into `out` on its device, under `noise` of one variant; arguments as checked by ops.py."""
+    rows, groups = scales.shape
+    blocks = min(_WIDTH // TILE, triton.next_power_of_2(triton.cdiv(cols, TILE)))
+    width = blocks * TILE
+    in_kernel = noise is not None and not noise.gaussian and (groups <= 128 or 128 * group_size % width == 0)
+    if noise is not None and not in_kernel:
+        from qzo_kernels.perturb import launch_perturb
+
+        scales = launch_perturb(scales, *noise)[0]
+    state, eps, uid, floor, relative = noise[:5] if in_kernel else (None, None, 0, 0.0, False)
     height = min(4096 // width, triton.next_power_of_2(rows))
     tiles = triton.cdiv(rows, height) * triton.cdiv(cols, width)
     with torch.cuda.device_of(out):
         _dequantize_kernel[(tiles,)](
-            out, codes, scales, zeros, rows, cols, codes.shape[1], scales.shape[1], group_size, *zeros.stride(),
-            BITS=bits, UNIT=math.gcd(group_size, 8), ROWS=height, WIDTH=width,
+            out, codes, scales, zeros, state, eps, rows, cols, codes.shape[1], groups, group_size, *zeros.stride(), noise_functions.signed(uid), floor,
+            BITS=bits, UNIT=_unit(group_size), ROWS=height, BLOCKS=blocks, NOISE=in_kernel, RELATIVE=relative, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def _unit(group_size: int) -> int:
+    """The largest power of two, at most 32, that divides the group size."""
+    return min(32, group_size & -group_size)

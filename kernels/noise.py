@@ -21,11 +21,33 @@ def words(seed, block, uid, step, direction, stream: tl.constexpr):
 def rademacher(seed, step, direction, uid, row, first, cols, WIDTH: tl.constexpr):
     """f32 [len(row), WIDTH] of ±1 for columns first … first + WIDTH − 1, all within one block of 128 columns."""
     w0, w1, w2, w3 = words(seed, row * tl.cdiv(cols, 128) + first // 128, uid, step, direction, 0)
-    j = first % 128 + tl.arange(0, WIDTH)[None, :]
-    low = tl.where(j < 32, w0[:, None], w1[:, None])
-    high = tl.where(j < 96, w2[:, None], w3[:, None])
-    bit = (tl.where(j < 64, low, high) >> (j % 32).to(tl.uint32)) & 1
+    return sign(w0, w1, w2, w3, first % 128 + tl.arange(0, WIDTH))
+
+
+@triton.jit
+def sign(w0, w1, w2, w3, j):
+    """f32 [R, C] of ±1: bit j [C] (0 … 127, int32) of the four words [R] of each row's Philox call."""
+    low = tl.where((j < 32)[None, :], w0[:, None], w1[:, None])
+    high = tl.where((j < 96)[None, :], w2[:, None], w3[:, None])
+    bit = (tl.where((j < 64)[None, :], low, high) >> (j % 32).to(tl.uint32)[None, :]) & 1
     return bit.to(tl.float32) * 2 - 1
+
+
+@triton.jit
+def moved(v, z, eps, floor, RELATIVE: tl.constexpr):
+    """What a forward sees of v: `reference.perturb`, element by element. Compile without floating-point contraction."""
+    if RELATIVE:
+        m = v * (1.0 + eps * z)
+    else:
+        m = v + eps * z
+    # Not tl.maximum, which would turn a NaN into the floor.
+    m = tl.where(m < floor, floor, m)
+    return tl.where(eps == 0.0, v, m)
+
+
+def signed(uid: int) -> int:
+    """The same 32 bits as an int32: Triton types an argument by its value, and 2³¹ would compile a second kernel."""
+    return uid - (1 << 32) if uid >> 31 else uid
 
 
 @triton.jit

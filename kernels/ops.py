@@ -3,50 +3,41 @@
 What each computes is defined in reference.py. Triton is imported by the first call that needs it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from qzo_kernels import reference
-from qzo_kernels.pack import packed_words
+from qzo_kernels.checks import check_float, check_noise, check_update, check_weight, require
 
 
-def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple, like: Tensor, contiguous: bool = True) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} of shape {shape}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: on {tensor.device}; expected {like.device}, as the other arguments")
-    if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name}: strides {tensor.stride()}; expected a contiguous tensor")
+class Noise(NamedTuple):
+    """Noise on the scales of one tensor, for V variants of them: the last arguments of the operators below.
 
+    state int64 [V, 3], rows (seed, step, direction); eps f32 [V], signed, 0 for none; the rest as in `reference.perturb`.
+    """
 
-def _check_noise(values: Tensor, state: Tensor, fields: int, factors: Tensor, name: str, uid: int, gaussian: bool) -> None:
-    if values.dim() != 2:
-        raise ValueError(f"values: shape {tuple(values.shape)}; expected 2 dimensions")
-    _require("values", values, torch.float32, tuple(values.shape), values)
-    _require("state", state, torch.int64, (fields,), values)
-    if fields == 2 and factors.dim() != 2:
-        raise ValueError(f"{name}: shape {tuple(factors.shape)}; expected [steps, directions]")
-    _require(name, factors, torch.float32, (1,) if fields == 3 else tuple(factors.shape), values)
-    if not 0 <= uid < 1 << 32:
-        raise ValueError(f"uid: {uid}; expected 0 <= uid < 2**32")
-    rows, cols = values.shape
-    blocks = rows * -(-cols // (4 if gaussian else 128))
-    if blocks > 1 << 32:
-        raise ValueError(f"values: shape {(rows, cols)} needs {blocks} noise blocks; the counter has 32 bits")
+    state: Tensor
+    eps: Tensor
+    uid: int
+    floor: float
+    relative: bool
+    gaussian: bool
 
 
 @torch.library.custom_op("qzo::perturb", mutates_args=())
 def perturb(
     values: Tensor, state: Tensor, eps: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
 ) -> Tensor:
-    """f32 [R, C] that a forward sees: see `reference.perturb`. ValueError names an argument that does not fit."""
-    _check_noise(values, state, 3, eps, "eps", uid, gaussian)
+    """f32 [V, R, C] that forwards see: see `reference.perturb`. ValueError names an argument that does not fit."""
+    check_noise(values, state, eps, uid, gaussian)
     return reference.perturb(values, state, eps, uid, floor, relative, gaussian)
 
 
 @perturb.register_kernel("cuda")
 def _(values, state, eps, uid, floor, relative, gaussian):
-    _check_noise(values, state, 3, eps, "eps", uid, gaussian)
+    check_noise(values, state, eps, uid, gaussian)
     from qzo_kernels.perturb import launch_perturb
 
     return launch_perturb(values, state, eps, uid, floor, relative, gaussian)
@@ -54,7 +45,7 @@ def _(values, state, eps, uid, floor, relative, gaussian):
 
 @perturb.register_fake
 def _(values, state, eps, uid, floor, relative, gaussian):
-    return torch.empty_like(values)
+    return values.new_empty(eps.shape[0], *values.shape)
 
 
 @torch.library.custom_op("qzo::update_", mutates_args=("values",))
@@ -62,13 +53,13 @@ def update_(
     values: Tensor, state: Tensor, coefs: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
 ) -> None:
     """Apply S steps to f32 [R, C] in place: see `reference.update_`. ValueError names an argument that does not fit."""
-    _check_noise(values, state, 2, coefs, "coefs", uid, gaussian)
+    check_update(values, state, coefs, uid, gaussian)
     reference.update_(values, state, coefs, uid, floor, relative, gaussian)
 
 
 @update_.register_kernel("cuda")
 def _(values, state, coefs, uid, floor, relative, gaussian):
-    _check_noise(values, state, 2, coefs, "coefs", uid, gaussian)
+    check_update(values, state, coefs, uid, gaussian)
     from qzo_kernels.perturb import launch_update
 
     launch_update(values, state, coefs, uid, floor, relative, gaussian)
@@ -79,66 +70,86 @@ def _(values, state, coefs, uid, floor, relative, gaussian):
     return None
 
 
-def _check_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, out: Tensor) -> None:
-    if codes.dim() != 2:
-        raise ValueError(f"codes: shape {tuple(codes.shape)}; expected 2 dimensions")
-    if group_size < 1:
-        raise ValueError(f"group_size = {group_size}: expected at least 1")
-    rows, groups = codes.shape[0], -(-cols // group_size)
-    _require("codes", codes, torch.int32, (rows, packed_words(cols, bits)), codes)
-    _require("scales", scales, torch.float32, (rows, groups), codes)
-    _require("zeros", zeros, torch.uint8, (rows, groups), codes, contiguous=False)
-    if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype {out.dtype}: expected float32, bfloat16 or float16")
-    _require("out", out, out.dtype, (rows, cols), codes)
+def _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian) -> None:
+    check_weight(codes, scales, zeros, bits, group_size, cols)
+    check_float("out", out.dtype)
+    require("out", out, out.dtype, (codes.shape[0], cols), codes)
+    if state is not None:
+        check_noise(scales, state, eps, uid, gaussian)
+        if len(eps) != 1:
+            raise ValueError(f"eps: {len(eps)} variants; expected 1, as one weight is made")
 
 
-@torch.library.custom_op("qzo::dequantize_out", mutates_args=("out",))
-def _dequantize_out(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, out: Tensor
-) -> None:
-    _check_dequantize(codes, scales, zeros, bits, group_size, cols, out)
-    reference.dequantize(codes, scales, zeros, bits, group_size, cols, out.dtype, out)
+@torch.library.custom_op("qzo::dequantize", mutates_args=("out",))
+def _dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensor, state: Tensor | None, eps: Tensor | None,
+    bits: int, group_size: int, cols: int, uid: int, floor: float, relative: bool, gaussian: bool,
+) -> None:  # fmt: skip
+    _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian)
+    seen = scales if state is None else reference.perturb(scales, state, eps, uid, floor, relative, gaussian)[0]
+    reference.dequantize(codes, seen, zeros, bits, group_size, cols, out.dtype, out)
 
 
-@_dequantize_out.register_kernel("cuda")
-def _(codes, scales, zeros, bits, group_size, cols, out):
-    _check_dequantize(codes, scales, zeros, bits, group_size, cols, out)
+@_dequantize.register_kernel("cuda")
+def _(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, floor, relative, gaussian):
+    _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian)
     from qzo_kernels.dequant import launch_dequantize
 
-    launch_dequantize(codes, scales, zeros, bits, group_size, cols, out)
-
-
-@_dequantize_out.register_fake
-def _(codes, scales, zeros, bits, group_size, cols, out):
-    return None
-
-
-@torch.library.custom_op("qzo::dequantize", mutates_args=())
-def _dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype
-) -> Tensor:
-    out = codes.new_empty(codes.shape[0], cols, dtype=dtype)
-    _dequantize_out(codes, scales, zeros, bits, group_size, cols, out)
-    return out
+    noise = None if state is None else Noise(state, eps, uid, floor, relative, gaussian)
+    launch_dequantize(codes, scales, zeros, bits, group_size, cols, out, noise)
 
 
 @_dequantize.register_fake
-def _(codes, scales, zeros, bits, group_size, cols, dtype):
-    return codes.new_empty(codes.shape[0], cols, dtype=dtype)
+def _(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, floor, relative, gaussian):
+    return None
+
+
+_QUIET = (None, None)  # state and eps of no noise
 
 
 def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype,
-    out: Tensor | None = None,
+    out: Tensor | None = None, noise: Noise | None = None,
 ) -> Tensor:
-    """Weights [N, cols] of `dtype`, into `out` if given: see `reference.dequantize`. ValueError names what does not fit.
+    """Weights [N, cols] of `dtype`, into `out` if given: see `reference.dequantize`.
 
-    Two operators, because one may not return its own argument: qzo::dequantize and, with `out`, qzo::dequantize_out.
+    With `noise` of one variant the scales are those of `perturb`. ValueError names what does not fit.
     """
+    check_float("dtype", dtype)
     if out is None:
-        return _dequantize(codes, scales, zeros, bits, group_size, cols, dtype)
+        out = codes.new_empty(codes.shape[0], cols, dtype=dtype)
     if out.dtype != dtype:
         raise ValueError(f"out: {out.dtype}; expected {dtype}")
-    _dequantize_out(codes, scales, zeros, bits, group_size, cols, out)
+    state, eps, *rest = noise or (*_QUIET, 0, 0.0, False, False)
+    _dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, *rest)
     return out
+
+
+def quant_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, bias: Tensor | None = None,
+    noise: Noise | None = None, scratch: Tensor | None = None,
+) -> Tensor:
+    """y [..., N] of x's dtype: see `reference.quant_matmul`.
+
+    x [..., K]; its rows, flattened, are cut into V equal consecutive blocks, block v seeing variant v of `noise`.
+    scratch uint8: at least N·K·itemsize bytes in which a dequantized weight may lie; allocated if not given.
+    ValueError names what does not fit.
+    """
+    check_float("x", x.dtype)
+    cols, rows = x.shape[-1], codes.shape[0]
+    flat = x.reshape(-1, cols)
+    variants = 1 if noise is None else len(noise.eps)
+    if len(flat) % variants:
+        raise ValueError(f"x: {len(flat)} rows; expected a multiple of the {variants} variants of the noise")
+    weight = None
+    if scratch is not None:
+        size = rows * cols * x.dtype.itemsize
+        if scratch.dtype != torch.uint8 or scratch.numel() < size or scratch.device != x.device:
+            raise ValueError(f"scratch: {scratch.dtype} of {scratch.numel()} on {scratch.device}; expected uint8, {size} or more, on {x.device}")
+        weight = scratch[:size].view(x.dtype).view(rows, cols)
+    y = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
+    for v, (part, target) in enumerate(zip(flat.chunk(variants), y.chunk(variants), strict=True)):
+        one = noise and noise._replace(state=noise.state[v : v + 1], eps=noise.eps[v : v + 1])
+        weight = dequantize(codes, scales, zeros, bits, group_size, cols, x.dtype, weight, one)
+        torch.mm(part, weight.t(), out=target) if bias is None else torch.addmm(bias, part, weight.t(), out=target)
+    return y.view(*x.shape[:-1], rows)

@@ -41,16 +41,13 @@ def _perturb_kernel(
 ):
     cols = units * UNIT
     row, first, offsets, mask = _place(rows, cols, ROWS, WIDTH)
+    variant = tl.program_id(1)
+    p_state += variant * 3
+    p_out += tl.cast(rows, tl.int64) * cols * variant
     v = tl.load(p_values + offsets, mask=mask)
-    eps = tl.load(p_eps)
+    eps = tl.load(p_eps + variant)
     z = _noise(tl.load(p_state), tl.load(p_state + 1), tl.load(p_state + 2), uid, row, first, cols, GAUSSIAN, WIDTH)
-    if RELATIVE:
-        moved = v * (1.0 + eps * z)
-    else:
-        moved = v + eps * z
-    # Not tl.maximum, which would turn a NaN into the floor.
-    moved = tl.where(moved < floor, floor, moved)
-    tl.store(p_out + offsets, tl.where(eps == 0.0, v, moved), mask=mask)
+    tl.store(p_out + offsets, noise.moved(v, z, eps, floor, RELATIVE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["uid"])
@@ -90,20 +87,15 @@ def _geometry(values: Tensor, gaussian: bool) -> tuple[int, tuple[int, int], dic
     return tiles, (rows, cols // unit), {"UNIT": unit, "ROWS": height, "WIDTH": width}
 
 
-def _signed(uid: int) -> int:
-    """The same 32 bits as an int32: Triton types an argument by its value, and 2³¹ would compile a second kernel."""
-    return uid - (1 << 32) if uid >> 31 else uid
-
-
 def launch_perturb(
     values: Tensor, state: Tensor, eps: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
 ) -> Tensor:
     """`reference.perturb` on the values' device; arguments as checked by ops.py."""
-    out = torch.empty_like(values)
+    out = torch.empty(len(eps), *values.shape, dtype=torch.float32, device=values.device)
     tiles, shape, constants = _geometry(values, gaussian)
     with torch.cuda.device_of(values):
-        _perturb_kernel[(tiles,)](
-            out, values, state, eps, *shape, _signed(uid), floor,
+        _perturb_kernel[(tiles, len(eps))](
+            out, values, state, eps, *shape, noise.signed(uid), floor,
             RELATIVE=relative, GAUSSIAN=gaussian, **constants, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -116,6 +108,6 @@ def launch_update(
     tiles, shape, constants = _geometry(values, gaussian)
     with torch.cuda.device_of(values):
         _update_kernel[(tiles,)](
-            values, state, coefs, *shape, _signed(uid), floor,
+            values, state, coefs, *shape, noise.signed(uid), floor,
             STEPS=coefs.shape[0], DIRECTIONS=coefs.shape[1], RELATIVE=relative, GAUSSIAN=gaussian, **constants, enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,124 +1,36 @@
 """The kernels in plain PyTorch: the definition of correct, and the path of every device that is not CUDA.
 
-Noise version 1 (frozen; changing it breaks every journal). Philox4x32-10 (Salmon et al. 2011) with
-key = (low, high) words of an int64 seed and counter = (block, uid, step, direction·8 + stream).
-Streams: 0 direction, 1 and 2 stochastic roundings of a forward, 3 rounding of an update.
+The noise is reference_noise.py's and comes along under its names.
 """
-
-import functools
-import math
 
 import torch
 from torch import Tensor
 
-from qzo_kernels.pack import unpack_codes
+from qzo_kernels.pack import untile_codes
+from qzo_kernels.reference_noise import gaussian, integer_normal, normal_table, philox, rademacher, uniform24
 
-_Shape = tuple[int, int]
-_Device = torch.device | str
-_WORD = 0xFFFFFFFF
+__all__ = [
+    "dequantize", "gaussian", "integer_normal", "normal_table", "perturb", "philox", "quant_matmul",
+    "rademacher", "uniform24", "update_",
+]  # fmt: skip
 _CHUNK = 1 << 17  # elements dequantized at a time: the fp32 intermediate stays in the cache
-
-
-def philox(
-    key: Tensor | int, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four words. `key` is an int64 seed; counters and words are int64 tensors (or ints) holding uint32."""
-    tensors = [c for c in (c0, c1, c2, c3) if isinstance(c, Tensor)]
-    device = tensors[0].device if tensors else None
-    counters = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in (c0, c1, c2, c3)))
-    # Both halves of a round in one operation each: even = (c0, c2), odd = (c1, c3).
-    even, odd = torch.stack(counters[0::2]), torch.stack(counters[1::2])
-    shape = (2,) + (1,) * (even.dim() - 1)
-    factors = torch.tensor([0xD2511F53, 0xCD9E8D57], device=device).view(shape)
-    for i in range(10):
-        keys = [(int(key) + i * 0x9E3779B9) & _WORD, ((int(key) >> 32) + i * 0xBB67AE85) & _WORD]
-        # The int64 product wraps, but its 64 bits are those of the unsigned product.
-        product = (even * factors).flip(0)
-        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(torch.tensor(keys, device=device).view(shape)).bitwise_and_(_WORD)
-        odd = product.bitwise_and_(_WORD)
-    return even[0], odd[0], even[1], odd[1]
-
-
-def _words(
-    shape: _Shape, per_call: int, seed: int, step: int | Tensor, direction: int, uid: int, stream: int, device: _Device
-) -> Tensor:
-    """Words int64 [..., rows, ceil(cols/per_call), 4] of a tensor whose rows draw `per_call` elements from one Philox call.
-
-    Leading dimensions are those of `step`: none for a number, [S] for int64 [S].
-    """
-    rows, calls = shape[0], -(-shape[1] // per_call)
-    if rows * calls > 1 << 32:
-        raise ValueError(f"shape {tuple(shape)}: needs {rows * calls} noise blocks; the counter has 32 bits")
-    block = torch.arange(rows * calls, dtype=torch.int64, device=device)
-    lead = step.shape if isinstance(step, Tensor) else ()
-    step = step[..., None] if isinstance(step, Tensor) else step
-    return torch.stack(philox(seed, block, uid, step, direction * 8 + stream), dim=-1).view(*lead, rows, calls, 4)
-
-
-# Both signs of a direction and the update draw the same few words: 32 bytes for 128 columns of a row.
-_kept_words = functools.lru_cache(maxsize=512)(_words)
-
-
-def rademacher(shape: _Shape, seed: int, step: int | Tensor, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
-    """f32 [rows, cols] of ±1, one Philox call per row and 128 columns: bit col % 128, least significant first; 1 → +1.
-
-    For steps int64 [S]: f32 [S, rows, cols].
-    """
-    draw = _words if isinstance(step, Tensor) else _kept_words
-    words = draw(tuple(shape), 128, seed, step, direction, uid, 0, device).flatten(-2)
-    col = torch.arange(shape[1], device=device)
-    bits = (words[..., col // 32] >> (col % 32)).bitwise_and_(1)
-    return bits.to(torch.float32).mul_(2).sub_(1)
-
-
-def gaussian(shape: _Shape, seed: int, step: int | Tensor, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
-    """f32 [rows, cols] of N(0, 1): Box–Muller in fp32 on the word pairs (0, 1), (2, 3), four elements per Philox call.
-
-    u1 = ((w>>8)+1)·2⁻²⁴, u2 = (w'>>8)·2⁻²⁴; √(−2 ln u1)·cos 2πu2, then ·sin. The last bits may differ between devices.
-    For steps int64 [S]: f32 [S, rows, cols].
-    """
-    words = _words(shape, 4, seed, step, direction, uid, 0, device)
-    u1 = ((words[..., 0::2] >> 8) + 1).to(torch.float32) * 2.0**-24
-    angle = (words[..., 1::2] >> 8).to(torch.float32) * 2.0**-24 * (2 * math.pi)
-    radius = torch.sqrt(-2 * torch.log(u1))
-    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(-3)[..., : shape[1]]
-
-
-@functools.cache
-def normal_table() -> Tensor:
-    """The frozen table int16 [65536] of the integer normal: round(4096·Φ⁻¹((i + ½)/65536)); a test pins its checksum."""
-    u = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
-    return torch.round(4096 * torch.special.ndtri(u)).to(torch.int16)
-
-
-def integer_normal(shape: _Shape, seed: int, step: int, direction: int, uid: int, device: _Device = "cpu") -> Tensor:
-    """int16 [rows, cols] of 4096·N(0, 1) rounded: eight per Philox call, 16-bit halves in order, low half first."""
-    words = _words(shape, 8, seed, step, direction, uid, 0, device)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).view(shape[0], -1)[:, : shape[1]]
-    return normal_table().to(device)[halves]
-
-
-def uniform24(
-    shape: _Shape, seed: int, step: int, direction: int, uid: int, stream: int, device: _Device = "cpu"
-) -> Tensor:
-    """int64 [rows, cols] of uniform integers in [0, 2²⁴): the high 24 bits of a word, four elements per Philox call."""
-    return (_words(shape, 4, seed, step, direction, uid, stream, device) >> 8).view(shape[0], -1)[:, : shape[1]]
 
 
 def perturb(
     values: Tensor, state: Tensor, eps: Tensor, uid: int, floor: float, relative: bool, gaussian: bool
 ) -> Tensor:
-    """The values a forward sees: f32 [R, C], max(v·(1 + ε z), floor) if `relative`, else max(v + ε z, floor).
+    """What V forwards see: f32 [V, R, C], max(v·(1 + ε z), floor) if `relative`, else max(v + ε z, floor).
 
-    values f32 [R, C]; state int64 [3] = (seed, step, direction); eps f32 [1], signed: 0 returns a copy of `values`.
+    values f32 [R, C]; state int64 [V, 3], rows (seed, step, direction); eps f32 [V], signed: 0 gives a copy of `values`.
     The order of operations is fixed and without FMA: with Rademacher z every device computes the same bits.
     """
-    if not eps.item():
-        return values.clone()
-    seed, step, direction = state.tolist()
-    noise = _noise(values, seed, step, direction, uid, gaussian).mul_(eps)
-    moved = values * noise.add_(1) if relative else values + noise
-    return moved.clamp_(min=floor)
+    out = values.repeat(len(eps), 1, 1)
+    for moved, (seed, step, direction), e in zip(out, state.tolist(), eps, strict=True):
+        if e.item():
+            noise = _noise(values, seed, step, direction, uid, gaussian).mul_(e)
+            moved.mul_(noise.add_(1)) if relative else moved.add_(noise)
+            moved.clamp_(min=floor)
+    return out
 
 
 def update_(
@@ -158,7 +70,7 @@ def dequantize(
 ) -> Tensor:
     """Weights [N, cols] of `dtype`: scale·(q − zero) in fp32, rounded once. Column k is of group k // group_size.
 
-    codes int32 [N, packed_words(cols, bits)]; scales f32 [N, G] and zeros uint8 [N, G] (any strides),
+    codes int32 [N, tiled_words(cols, bits)] as pack.tile_codes lays them out; scales f32 [N, G] and zeros uint8 [N, G] (any strides),
     G = ceil(cols/group_size); the last group may be partial. `out` [N, cols] of `dtype` is filled and returned if given.
     """
     rows, full = codes.shape[0], cols // group_size
@@ -169,7 +81,7 @@ def dequantize(
         part = slice(start, min(start + chunk, rows))
         target = out[part]
         w = target if dtype == torch.float32 else buffer[: target.shape[0]]
-        w.copy_(unpack_codes(codes[part], bits, cols))
+        w.copy_(untile_codes(codes[part], bits, cols))
         if full:
             grouped = w[:, : full * group_size].unflatten(1, (full, group_size))
             grouped.sub_(zeros[part, :full, None]).mul_(scales[part, :full, None])
@@ -178,3 +90,18 @@ def dequantize(
         if w is not target:
             target.copy_(w)
     return out
+
+
+def quant_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, bias: Tensor | None = None
+) -> Tensor:
+    """y [M, N] of x's dtype, y = x·Wᵀ + bias in fp32 with W of `dequantize`, rounded once.
+
+    x [M, K] floating; scales f32 [V, N, G], as `perturb` gives them: the rows of x, cut into V equal consecutive blocks,
+    see one each. bias [N] of x's dtype.
+    """
+    parts = []
+    for part, seen in zip(x.chunk(len(scales)), scales, strict=True):
+        y = part.float() @ dequantize(codes, seen, zeros, bits, group_size, x.shape[1], torch.float32).t()
+        parts.append((y if bias is None else y + bias.float()).to(x.dtype))
+    return torch.cat(parts)

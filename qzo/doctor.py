@@ -47,20 +47,20 @@ def _check_noise(device: torch.device) -> str:
 def _check_kernels(device: torch.device) -> str:
     """The device's own path against the reference on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-(2**31), 2**31, (64, 25), generator=generator, dtype=torch.int64).to(torch.int32)
+    codes = torch.randint(-(2**31), 2**31, (64, 32), generator=generator, dtype=torch.int64).to(torch.int32)
     scales = torch.rand(64, 4, generator=generator) + 0.5
     zeros = torch.randint(0, 16, (64, 4), generator=generator, dtype=torch.uint8)
-    state, eps = torch.tensor([7, 3, 0]), torch.tensor([0.1])
+    state, eps = torch.tensor([[7, 3, 0]]), torch.tensor([0.1])
     results = []
     for where in (torch.device("cpu"), device):
-        moved = ops.perturb(scales.to(where), state.to(where), eps.to(where), 5, 0.0, True, False)
-        results.append(ops.dequantize(codes.to(where), moved, zeros.to(where), 4, 64, 200, torch.float32).cpu())
+        noise = ops.Noise(state.to(where), eps.to(where), 5, 0.0, True, False)
+        results.append(ops.dequantize(codes.to(where), scales.to(where), zeros.to(where), 4, 64, 200, torch.float32, noise=noise).cpu())
     return "" if torch.equal(*results) else f"the {device.type} kernels differ from the reference"
 
 
 def _check_tuning(device: torch.device) -> str:
     """Twenty steps on a quadratic of the scales of one layer must lower it."""
-    from qzo_kernels.pack import pack_codes
+    from qzo_kernels.pack import tile_codes
 
     from qzo.model.gptq_format import LayerTensors
     from qzo.model.linear import QuantLinear
@@ -68,7 +68,7 @@ def _check_tuning(device: torch.device) -> str:
     from qzo.zo.targets.scales import Scales
 
     generator = torch.Generator().manual_seed(0)
-    codes = pack_codes(torch.randint(0, 16, (8, 64), generator=generator, dtype=torch.uint8), 4).to(device)
+    codes = tile_codes(torch.randint(0, 16, (8, 64), generator=generator, dtype=torch.uint8), 4).to(device)
     tensors = LayerTensors(codes, torch.full((8, 2), 0.1, device=device), torch.full((8, 2), 8, dtype=torch.uint8, device=device), None)
     layer = QuantLinear("doctor", tensors, 4, 32, 64)
     x = torch.randn(16, 64, generator=generator).to(device)

@@ -7,7 +7,7 @@ g_idx int32 [K]; W[k, n] = scales[g_idx[k], n]·(q - z). Version 1 stores z - 1,
 from dataclasses import dataclass
 
 import torch
-from qzo_kernels.pack import pack_codes, packed_words, unpack_codes
+from qzo_kernels.pack import pack_codes, packed_words, tile_codes, tiled_words, unpack_codes
 
 from qzo.errors import BadInput
 from qzo.model.files import Folder
@@ -75,8 +75,8 @@ def read_config(folder: Folder) -> GptqConfig | None:
 class LayerTensors:
     """One quantized Linear as qzo keeps it: W[n, k] = scales[n, k // group_size]·(code - zero), columns sorted by group.
 
-    codes int32 [N, words] packed along K; scales fp32 [N, G]; zeros uint8 [N, G] (an expanded view when all are
-    equal); perm int64 [K] or None: sorted column p holds input channel perm[p].
+    codes int32 [N, words] in memory's layout (qzo_kernels.pack); scales fp32 [N, G]; zeros uint8 [N, G] (an expanded
+    view when all are equal); perm int64 [K] or None: sorted column p holds input channel perm[p].
     """
 
     codes: torch.Tensor
@@ -123,11 +123,12 @@ def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: i
         if tensors[key].is_floating_point() != (key == "scales") or (key != "scales" and tensors[key].dtype != torch.int32):
             raise BadInput(f"{folder.path}, {name}.{key}", str(tensors[key].dtype), "int32, and floating-point scales")
     perm = _permutation(folder, name, cols, size)
-    codes = tensors["qweight"].t().contiguous()
-    if perm is not None:
-        # Some rows at a time: unpacked as a whole, the codes and their 64-bit intermediates outgrow a layer.
-        for rows_of in codes.split(256):
-            rows_of.copy_(pack_codes(unpack_codes(rows_of, config.bits, cols)[:, perm].contiguous(), config.bits))
+    packed = tensors["qweight"].t().contiguous()
+    codes = torch.empty(rows, tiled_words(cols, config.bits), dtype=torch.int32)
+    # Some rows at a time: unpacked as a whole, the codes and their intermediates outgrow a layer.
+    for given, tiled in zip(packed.split(256), codes.split(256), strict=True):
+        plain = unpack_codes(given, config.bits, cols)
+        tiled.copy_(tile_codes(plain if perm is None else plain[:, perm], config.bits))
     zeros = unpack_zeros(tensors["qzeros"], config, rows).t().contiguous()
     if bool((zeros == zeros[0, 0]).all()):
         zeros = zeros[:1, :1].clone().expand(rows, groups)

@@ -36,15 +36,14 @@ def check_unique(names: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One perturbation of all targets: state int64 [3] = (seed, step, direction), sign fp32 [1] in {+1, 0, -1}."""
+class Variants:
+    """V perturbations of all targets: states int64 [V, 3], rows (seed, step, direction); signs fp32 [V] in {+1, 0, -1}."""
 
-    state: torch.Tensor
-    sign: torch.Tensor
+    states: torch.Tensor
+    signs: torch.Tensor
 
 
-def variants(seed: int, step: int, pairs: Sequence[tuple[int, int]], device: torch.device) -> list[Variant]:
+def variants(seed: int, step: int, pairs: Sequence[tuple[int, int]], device: torch.device) -> Variants:
     """Variants for (direction, sign) pairs of one step, on `device`."""
-    states = torch.tensor([[seed, step, direction] for direction, _ in pairs], dtype=torch.int64).to(device)
-    signs = torch.tensor([[sign] for _, sign in pairs], dtype=torch.float32).to(device)
-    return [Variant(state, sign) for state, sign in zip(states, signs, strict=True)]
+    states = torch.tensor([[seed, step, direction] for direction, _ in pairs], dtype=torch.int64)
+    return Variants(states.to(device), torch.tensor([sign for _, sign in pairs], dtype=torch.float32).to(device))

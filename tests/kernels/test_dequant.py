@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qzo_kernels import ops, reference
-from qzo_kernels.pack import pack_codes
+from qzo_kernels.pack import tile_codes
 
 pytest.importorskip("triton")
 from qzo_kernels.dequant import launch_dequantize  # noqa: E402
@@ -47,7 +47,7 @@ def make(bits: int, rows: int, cols: int, group_size: int, symmetric: bool) -> t
     if symmetric:
         zeros = torch.tensor([[1 << (bits - 1)]], dtype=torch.uint8, device=DEVICE).expand(rows, groups)
     scales = torch.rand(rows, groups, generator=generator).to(DEVICE) / 100
-    return codes.to(DEVICE), (pack_codes(codes, bits).to(DEVICE), scales, zeros, bits, group_size, cols)
+    return codes.to(DEVICE), (tile_codes(codes, bits).to(DEVICE), scales, zeros, bits, group_size, cols)
 
 
 def poisoned(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -83,17 +83,38 @@ def test_launcher_equals_reference(bits, rows, cols, group_size, symmetric):
         assert bool(around[0].isnan().all()) and bool(around[-1].isnan().all())
 
 
+NOISES = [(True, False), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize("relative,gaussian", NOISES)
+@pytest.mark.parametrize(CASE, CASES)
+def test_launcher_under_noise_sees_the_perturbed_scales(bits, rows, cols, group_size, symmetric, relative, gaussian):
+    """Bit for bit what `perturb` and `dequantize` give one after the other; eps = 0 is no noise."""
+    _, arguments = make(bits, rows, cols, group_size, symmetric)
+    state = torch.tensor([[-5, 70000, 3]], device=DEVICE)
+    for eps in (0.25, 0.0):
+        noise = ops.Noise(state, torch.tensor([eps], device=DEVICE), 0x9ABCDEF1, 2e-3, relative, gaussian)
+        seen = reference.perturb(arguments[1], *noise)[0]
+        out = poisoned(rows, cols, torch.float32)
+        launch_dequantize(*arguments, out, noise)
+        expected = reference.dequantize(arguments[0], seen, *arguments[2:], torch.float32)
+        if gaussian and eps:
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operators(dtype):
-    """The registered operators equal the reference, with and without `out`, and satisfy torch's operator checks."""
+def test_operator(dtype):
+    """The registered operator equals the reference, with and without `out`, and satisfies torch's operator checks."""
     _, arguments = make(4, 17, 172, 32, True)
     expected = reference.dequantize(*arguments, dtype)
     out = poisoned(17, 172, dtype)
     assert torch.equal(ops.dequantize(*arguments, dtype), expected)
     assert ops.dequantize(*arguments, dtype, out) is out and torch.equal(out, expected)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.qzo.dequantize, (*arguments, dtype), test_utils=checks)
-    torch.library.opcheck(torch.ops.qzo.dequantize_out, (*arguments, out), test_utils=checks)
+    noise = ops.Noise(torch.tensor([[1, 2, 0]], device=DEVICE), torch.tensor([0.1], device=DEVICE), 5, 0.0, True, False)
+    flat = (*arguments[:3], out, noise.state, noise.eps, *arguments[3:], *noise[2:])
+    torch.library.opcheck(torch.ops.qzo.dequantize, flat, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +126,7 @@ def test_operators(dtype):
         (2, torch.zeros(1, 2, dtype=torch.uint8, device=DEVICE), r"zeros: .* \(1, 2\)"),
         (3, 5, "bits = 5"),
         (4, 0, "group_size = 0"),
-        (6, torch.float64, "dtype torch.float64"),
+        (6, torch.float64, "dtype: torch.float64"),
     ],
 )
 def test_bad_arguments_are_named(position, value, message):

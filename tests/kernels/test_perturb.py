@@ -42,6 +42,11 @@ def make(rows: int, cols: int) -> torch.Tensor:
     return (torch.rand(rows, cols, generator=generator) + 0.2).to(DEVICE)
 
 
+def one(*fields: int) -> torch.Tensor:
+    """The state of one variant."""
+    return state(*fields)[None]
+
+
 def state(*fields: int) -> torch.Tensor:
     return torch.tensor(fields, dtype=torch.int64, device=DEVICE)
 
@@ -64,14 +69,15 @@ def assert_agree(ours: torch.Tensor, theirs: torch.Tensor, gaussian: bool, facto
 @pytest.fixture
 def poison(monkeypatch):
     """Uninitialised outputs hold NaN: an element that a kernel forgets is seen."""
-    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
 
 
 @pytest.mark.parametrize(CASE, CASES)
 def test_perturb_equals_reference(poison, rows, cols, relative, gaussian, floor, directions):
     values = make(rows, cols)
-    for eps in (0.3, -0.3):
-        arguments = (values, state(SEED, STEP, directions), f32(eps), UID, floor, relative, gaussian)
+    for states, eps in ((one(SEED, STEP, directions), f32(0.3)), (one(SEED, STEP, 0).repeat(3, 1), f32(-0.3, 0.0, 0.1))):
+        states[-1, 2] += 1
+        arguments = (values, states, eps, UID, floor, relative, gaussian)
         assert_agree(kernels.launch_perturb(*arguments), reference.perturb(*arguments), gaussian, 0.3)
 
 
@@ -93,7 +99,7 @@ def test_reference_is_the_equation(relative):
     values, coefs = make(9, 40), [0.1, -0.25, 0.05]
     z = [reference.rademacher((9, 40), SEED, STEP, i, UID, DEVICE).double() for i in range(3)]
     moved = values.double() * (1 + 0.3 * z[2]) if relative else values.double() + 0.3 * z[2]
-    ours = reference.perturb(values, state(SEED, STEP, 2), f32(0.3), UID, 0.25, relative, False)
+    ours = reference.perturb(values, one(SEED, STEP, 2), f32(0.3), UID, 0.25, relative, False)[0]
     torch.testing.assert_close(ours.double(), moved.clamp(min=0.25), rtol=0, atol=3e-7)
     assert float(ours.min()) == 0.25
     c = sum(a * direction for a, direction in zip(coefs, z))
@@ -107,8 +113,8 @@ def test_reference_is_the_equation(relative):
 def test_eps_of_zero_returns_the_same_bytes(launch, relative, gaussian):
     values = make(5, 40)
     values[0, 0], values[1, 1] = -0.0, 0.0
-    ours = launch(values, state(SEED, STEP, 0), f32(0.0), UID, -INF, relative, gaussian)
-    assert same_bytes(ours, values) and ours.data_ptr() != values.data_ptr()
+    ours = launch(values, one(SEED, STEP, 0), f32(0.0), UID, -INF, relative, gaussian)
+    assert same_bytes(ours[0], values) and ours.data_ptr() != values.data_ptr()
 
 
 @pytest.mark.parametrize("launch", [kernels.launch_update, reference.update_, ops.update_], ids=["triton", "torch", "op"])
@@ -138,9 +144,9 @@ def test_steps_at_once_equal_steps_one_by_one(launch, relative):
 def test_not_a_number_is_not_hidden_by_the_floor(perturb, update):
     values = make(2, 5)
     values[1, 2] = float("nan")
-    ours = perturb(values, state(SEED, STEP, 0), f32(0.1), UID, 0.2, True, False)
+    ours = perturb(values, one(SEED, STEP, 0), f32(0.1), UID, 0.2, True, False)
     update(values, state(SEED, STEP), f32(0.1)[None], UID, 0.2, True, False)
-    assert ours.isnan().sum() == 1 and bool(ours[1, 2].isnan())
+    assert ours.isnan().sum() == 1 and bool(ours[0, 1, 2].isnan())
     assert values.isnan().sum() == 1 and bool(values[1, 2].isnan())
 
 
@@ -148,10 +154,10 @@ def test_operators():
     """The registered operators give what the launcher of the device gives, and satisfy torch's operator checks."""
     values, coefs = make(3, 10), f32(0.1, 0.2)[None]
     tail = (UID, 0.2, True, False)
-    expected = kernels.launch_perturb(values, state(SEED, STEP, 1), f32(0.1), *tail)
-    assert same_bytes(torch.ops.qzo.perturb(values, state(SEED, STEP, 1), f32(0.1), *tail), expected)
+    expected = kernels.launch_perturb(values, one(SEED, STEP, 1), f32(0.1), *tail)
+    assert same_bytes(torch.ops.qzo.perturb(values, one(SEED, STEP, 1), f32(0.1), *tail), expected)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.qzo.perturb, (values, state(SEED, STEP, 1), f32(0.1), *tail), test_utils=checks)
+    torch.library.opcheck(torch.ops.qzo.perturb, (values, one(SEED, STEP, 1), f32(0.1), *tail), test_utils=checks)
     torch.library.opcheck(torch.ops.qzo.update_, (values, state(SEED, STEP), coefs, *tail), test_utils=checks)
 
 
@@ -161,14 +167,15 @@ def test_operators():
         ({"values": make(3, 4).half()}, "values: torch.float16"),
         ({"values": make(3, 4)[0]}, "2 dimensions"),
         ({"values": make(4, 3).t()}, "values: strides"),
-        ({"state": state(1, 2)}, "state: "),
-        ({"state": state(1, 2, 3).int()}, "state: torch.int32"),
-        ({"eps": f32(1.0, 2.0)}, "eps: "),
+        ({"state": state(1, 2, 3)}, "state: "),
+        ({"state": one(1, 2, 3).int()}, "state: torch.int32"),
+        ({"eps": f32(1.0)[None]}, "eps: "),
+        ({"eps": f32(1.0, 2.0)}, "state: "),
         ({"uid": 1 << 32}, "uid: 4294967296"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = {"values": make(3, 4), "state": state(1, 2, 3), "eps": f32(0.1), "uid": 1, "floor": 0.0}
+    arguments = {"values": make(3, 4), "state": one(1, 2, 3), "eps": f32(0.1), "uid": 1, "floor": 0.0}
     with pytest.raises(ValueError, match=message):
         ops.perturb(**{**arguments, **change}, relative=True, gaussian=False)
 

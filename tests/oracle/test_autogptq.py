@@ -99,6 +99,6 @@ def test_reads_what_export_writes(auto_gptq, sentiment, tmp_path):
         theirs.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in held.items()}, strict=True)
         with torch.no_grad():
             read = theirs(torch.eye(layer.in_features)).t()
-        assert torch.allclose(read, layer.dequantize(layer.scales.half().float(), torch.float32), atol=1e-6)
+        assert torch.allclose(read, layer.weight(torch.float32, layer.scales.half().float()), atol=1e-6)
         moved += not torch.allclose(read, base.layers[name].weight(torch.float32), atol=1e-6)
     assert steps == 3 and moved == len(run.layers)

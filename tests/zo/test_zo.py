@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from qzo_kernels import reference
-from qzo_kernels.pack import pack_codes
+from qzo_kernels.pack import tile_codes
 from torch import nn
 
 from qzo.model.gptq_format import LayerTensors
@@ -23,7 +23,7 @@ UID_OF_Q_PROJ = 1684783974  # frozen: another value breaks every journal
 
 def make_layer(rows=24, cols=80, group=32, bits=4, seed=0, name="layer") -> QuantLinear:
     g = torch.Generator().manual_seed(seed)
-    codes = pack_codes(torch.randint(0, 1 << bits, (rows, cols), generator=g, dtype=torch.uint8), bits)
+    codes = tile_codes(torch.randint(0, 1 << bits, (rows, cols), generator=g, dtype=torch.uint8), bits)
     groups = -(-cols // group)
     scales = 0.02 + 0.02 * torch.rand(rows, groups, generator=g)
     zeros = torch.randint(1, 1 << bits, (rows, groups), generator=g, dtype=torch.uint8)
@@ -128,10 +128,10 @@ def test_forward_under_noise_is_the_equation(relative, gaussian):
     z = (reference.gaussian if gaussian else reference.rademacher)(layer.scales.shape, 3, 7, 2, uid)
     for sign, out in ((1, plus), (-1, minus)):
         s = layer.scales * (1 + sign * 0.01 * z) if relative else layer.scales + sign * 0.01 * z
-        expected = x @ layer.dequantize(s.clamp(min=floor_of(layer.scales)), torch.float32).t()
+        expected = x @ layer.weight(torch.float32, s.clamp(min=floor_of(layer.scales))).t()
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert bytes_of(layer.scales, layer.codes, layer.zeros) == before
-    assert layer.effective_scales is None
+    assert layer.noise is None
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -194,7 +194,7 @@ def test_dense_learns_and_is_out_of_place(net, data):
 
 def test_the_sign_of_an_update_lowers_a_quadratic():
     layer = make_layer()
-    goal = layer.dequantize(layer.scales * 1.3, torch.float32)
+    goal = layer.weight(torch.float32, layer.scales * 1.3)
     distance = lambda: (layer(torch.eye(80)).t() - goal).square().sum()  # noqa: E731
     optimizer, first = ZO([Scales({"layer": layer}, 1e-3, 1e-4)]), distance().item()
     for _ in range(50):

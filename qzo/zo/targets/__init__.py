@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from qzo.zo.noise import Variant
+from qzo.zo.noise import Variants
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Target(Protocol):
 
     def info(self) -> list[TensorInfo]: ...
 
-    def entered(self, variants: list[Variant]) -> AbstractContextManager[None]:
+    def entered(self, variants: Variants) -> AbstractContextManager[None]:
         """Inside it a forward sees the effective weights of these variants; no stored tensor is written."""
         ...
 

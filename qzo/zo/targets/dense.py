@@ -12,7 +12,7 @@ import torch
 from qzo_kernels import ops
 from torch import nn
 
-from qzo.zo.noise import Variant, check_unique, tensor_name, tensor_uid
+from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo
 
 
@@ -51,18 +51,18 @@ class Dense:
         return self._info
 
     @contextmanager
-    def entered(self, variants: list[Variant]) -> Iterator[None]:
-        if len(variants) != 1:
-            raise ValueError(f"dense tensors take one variant per forward, given {len(variants)}; use stacked=false")
-        stored = {}
+    def entered(self, variants: Variants) -> Iterator[None]:
+        if len(variants.signs) != 1:
+            raise ValueError(f"dense tensors take one variant per forward, given {len(variants.signs)}; use stacked=false")
+        stored, eps = {}, variants.signs * self.eps
         for info in self._info:
             module, key = self._slots[info.name]
             stored[info.name] = module._parameters[key]
             moved = ops.perturb(
-                self._masters[info.name].data, variants[0].state, variants[0].sign * self.eps,
+                self._masters[info.name].data, variants.states, eps,
                 info.uid, info.floor, False, self.gaussian,
             )  # fmt: skip
-            module._parameters[key] = nn.Parameter(moved[0].to(stored[info.name].dtype), requires_grad=False)
+            module._parameters[key] = nn.Parameter(moved[0, 0].to(stored[info.name].dtype), requires_grad=False)
         try:
             yield
         finally:

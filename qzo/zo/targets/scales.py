@@ -13,7 +13,7 @@ import torch
 from qzo_kernels import ops
 
 from qzo.model.linear import QuantLinear
-from qzo.zo.noise import Variant, check_unique, tensor_name, tensor_uid
+from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo
 
 FLOOR = 1e-3
@@ -47,17 +47,15 @@ class Scales:
         return self._info
 
     @contextmanager
-    def entered(self, variants: list[Variant]) -> Iterator[None]:
+    def entered(self, variants: Variants) -> Iterator[None]:
+        eps = variants.signs * self.eps
         for info, layer in zip(self._info, self.layers.values(), strict=True):
-            layer.effective_scales = lambda layer=layer, info=info: [
-                ops.perturb(layer.scales, v.state, v.sign * self.eps, info.uid, info.floor, self.relative, self.gaussian)
-                for v in variants
-            ]
+            layer.noise = ops.Noise(variants.states, eps, info.uid, info.floor, self.relative, self.gaussian)
         try:
             yield
         finally:
             for layer in self.layers.values():
-                layer.effective_scales = None
+                layer.noise = None
 
     def apply(self, state: torch.Tensor, coefs: torch.Tensor) -> None:
         for info, layer in zip(self._info, self.layers.values(), strict=True):
