@@ -49,7 +49,7 @@ def check_update(values: Tensor, state: Tensor, coefs: Tensor, uid: int, gaussia
     require("coefs", coefs, torch.float32, tuple(coefs.shape), values)
 
 
-def check_weight(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int) -> None:
+def check_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int) -> None:
     """codes, scales and zeros of one weight [N, cols]."""
     if codes.dim() != 2:
         raise ValueError(f"codes: shape {tuple(codes.shape)}; expected 2 dimensions")
@@ -58,7 +58,8 @@ def check_weight(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_
     rows, groups = codes.shape[0], -(-cols // group_size)
     require("codes", codes, torch.int32, (rows, tiled_words(cols, bits)), codes)
     require("scales", scales, torch.float32, (rows, groups), codes)
-    require("zeros", zeros, torch.uint8, (rows, groups), codes, contiguous=False)
+    if zeros is not None:
+        require("zeros", zeros, torch.uint8, (rows, groups), codes, contiguous=False)
 
 
 def check_float(name: str, dtype: torch.dtype) -> None:

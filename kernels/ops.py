@@ -3,6 +3,7 @@
 What each computes is defined in reference.py. Triton is imported by the first call that needs it.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qzo_kernels import reference
 from qzo_kernels.checks import check_float, check_noise, check_update, check_weight, require
+from qzo_kernels.dispatch import ROUTES, config_of, route_of
 
 
 class Noise(NamedTuple):
@@ -82,7 +84,7 @@ def _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, c
 
 @torch.library.custom_op("qzo::dequantize", mutates_args=("out",))
 def _dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensor, state: Tensor | None, eps: Tensor | None,
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, state: Tensor | None, eps: Tensor | None,
     bits: int, group_size: int, cols: int, uid: int, floor: float, relative: bool, gaussian: bool,
 ) -> None:  # fmt: skip
     _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian)
@@ -108,7 +110,7 @@ _QUIET = (None, None)  # state and eps of no noise
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype,
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, dtype: torch.dtype,
     out: Tensor | None = None, noise: Noise | None = None,
 ) -> Tensor:
     """Weights [N, cols] of `dtype`, into `out` if given: see `reference.dequantize`.
@@ -125,31 +127,87 @@ def dequantize(
     return out
 
 
+def _check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian) -> None:
+    if x.dim() != 2 or x.device != codes.device:
+        raise ValueError(f"x: shape {tuple(x.shape)} on {x.device}; expected [rows, columns] on {codes.device}")
+    check_float("x", x.dtype)
+    check_weight(codes, scales, zeros, bits, group_size, x.shape[1])
+    if bias is not None:
+        require("bias", bias, x.dtype, (codes.shape[0],), x)
+    if state is not None:
+        check_noise(scales, state, eps, uid, gaussian)
+        if x.shape[0] % len(eps):
+            raise ValueError(f"x: {x.shape[0]} rows; expected a multiple of the {len(eps)} variants of the noise")
+
+
+@torch.library.custom_op("qzo::fused_matmul", mutates_args=())
+def _fused_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, state: Tensor | None, eps: Tensor | None,
+    bits: int, group_size: int, uid: int, floor: float, relative: bool, gaussian: bool,
+) -> Tensor:  # fmt: skip
+    _check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian)
+    seen = scales[None] if state is None else reference.perturb(scales, state, eps, uid, floor, relative, gaussian)
+    return reference.quant_matmul(x, codes, seen, zeros, bits, group_size, bias)
+
+
+@_fused_matmul.register_kernel("cuda")
+def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, floor, relative, gaussian):
+    _check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian)
+    from qzo_kernels.matmul import launch_matmul
+
+    noise = None if state is None else Noise(state, eps, uid, floor, relative, gaussian)
+    return launch_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, config_of(x, codes.shape[0], noise))
+
+
+@_fused_matmul.register_fake
+def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, floor, relative, gaussian):
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@functools.cache
+def _full_precision_sums() -> None:
+    """cuBLAS sums its partial products in fp32, for the whole process: the loss noise of bf16 sums drowns a small eps."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def quant_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, bias: Tensor | None = None,
-    noise: Noise | None = None, scratch: Tensor | None = None,
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, bias: Tensor | None = None,
+    noise: Noise | None = None, scratch: Tensor | None = None, route: str | None = None,
 ) -> Tensor:
     """y [..., N] of x's dtype: see `reference.quant_matmul`.
 
     x [..., K]; its rows, flattened, are cut into V equal consecutive blocks, block v seeing variant v of `noise`.
-    scratch uint8: at least N·K·itemsize bytes in which a dequantized weight may lie; allocated if not given.
+    scratch uint8: at least N·K·itemsize bytes for a dequantized weight; allocated when needed and not given.
+    route: "fused" or "dequantize"; by default the one that dispatch.py's table names for these shapes.
     ValueError names what does not fit.
     """
-    check_float("x", x.dtype)
-    cols, rows = x.shape[-1], codes.shape[0]
-    flat = x.reshape(-1, cols)
-    variants = 1 if noise is None else len(noise.eps)
-    if len(flat) % variants:
-        raise ValueError(f"x: {len(flat)} rows; expected a multiple of the {variants} variants of the noise")
-    weight = None
+    flat = x.reshape(-1, x.shape[-1])
+    state, eps, *rest = noise or (*_QUIET, 0, 0.0, False, False)
+    _check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3])
+    route = route or route_of(flat, bits, group_size, noise)
+    if route not in ROUTES:
+        raise ValueError(f"route: {route!r}; expected one of {ROUTES}")
+    if route == "fused":
+        y = _fused_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, *rest)
+    else:
+        y = _dense_matmul(flat, codes, scales, zeros, bits, group_size, bias, noise, scratch)
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def _dense_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, scratch) -> Tensor:
+    """Dequantize the weight as each variant sees it, and multiply."""
+    if x.is_cuda:
+        _full_precision_sums()
+    rows, cols, variants = codes.shape[0], x.shape[1], 1 if noise is None else len(noise.eps)
+    weight, size = None, rows * cols * x.dtype.itemsize
     if scratch is not None:
-        size = rows * cols * x.dtype.itemsize
         if scratch.dtype != torch.uint8 or scratch.numel() < size or scratch.device != x.device:
             raise ValueError(f"scratch: {scratch.dtype} of {scratch.numel()} on {scratch.device}; expected uint8, {size} or more, on {x.device}")
         weight = scratch[:size].view(x.dtype).view(rows, cols)
-    y = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
-    for v, (part, target) in enumerate(zip(flat.chunk(variants), y.chunk(variants), strict=True)):
+    y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    for v, (part, target) in enumerate(zip(x.chunk(variants), y.chunk(variants), strict=True)):
         one = noise and noise._replace(state=noise.state[v : v + 1], eps=noise.eps[v : v + 1])
         weight = dequantize(codes, scales, zeros, bits, group_size, cols, x.dtype, weight, one)
         torch.mm(part, weight.t(), out=target) if bias is None else torch.addmm(bias, part, weight.t(), out=target)
-    return y.view(*x.shape[:-1], rows)
+    return y

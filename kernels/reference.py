@@ -65,15 +65,15 @@ def _noise(like: Tensor, seed: int, step: int | Tensor, direction: int, uid: int
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype,
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
     """Weights [N, cols] of `dtype`: scale·(q − zero) in fp32, rounded once. Column k is of group k // group_size.
 
-    codes int32 [N, tiled_words(cols, bits)] as pack.tile_codes lays them out; scales f32 [N, G] and zeros uint8 [N, G] (any strides),
-    G = ceil(cols/group_size); the last group may be partial. `out` [N, cols] of `dtype` is filled and returned if given.
+    codes int32 [N, tiled_words(cols, bits)] as pack.tile_codes lays them out; scales f32 [N, G] and zeros uint8 [N, G] (any
+    strides; None: 2**(bits − 1) everywhere), G = ceil(cols/group_size); the last group may be partial. `out` [N, cols] of `dtype` is filled and returned if given.
     """
-    rows, full = codes.shape[0], cols // group_size
+    rows, full, middle = codes.shape[0], cols // group_size, 1 << (bits - 1)
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device) if out is None else out
     chunk = max(1, _CHUNK // max(cols, 1))
     buffer = torch.empty(min(chunk, rows), cols, dtype=torch.float32, device=codes.device)
@@ -84,16 +84,16 @@ def dequantize(
         w.copy_(untile_codes(codes[part], bits, cols))
         if full:
             grouped = w[:, : full * group_size].unflatten(1, (full, group_size))
-            grouped.sub_(zeros[part, :full, None]).mul_(scales[part, :full, None])
+            grouped.sub_(middle if zeros is None else zeros[part, :full, None]).mul_(scales[part, :full, None])
         if full * group_size < cols:
-            w[:, full * group_size :].sub_(zeros[part, full:]).mul_(scales[part, full:])
+            w[:, full * group_size :].sub_(middle if zeros is None else zeros[part, full:]).mul_(scales[part, full:])
         if w is not target:
             target.copy_(w)
     return out
 
 
 def quant_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, bias: Tensor | None = None
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
     """y [M, N] of x's dtype, y = x·Wᵀ + bias in fp32 with W of `dequantize`, rounded once.
 

@@ -69,7 +69,7 @@ def _check_tuning(device: torch.device) -> str:
 
     generator = torch.Generator().manual_seed(0)
     codes = tile_codes(torch.randint(0, 16, (8, 64), generator=generator, dtype=torch.uint8), 4).to(device)
-    tensors = LayerTensors(codes, torch.full((8, 2), 0.1, device=device), torch.full((8, 2), 8, dtype=torch.uint8, device=device), None)
+    tensors = LayerTensors(codes, torch.full((8, 2), 0.1, device=device), None, None)
     layer = QuantLinear("doctor", tensors, 4, 32, 64)
     x = torch.randn(16, 64, generator=generator).to(device)
     optimizer = ZO([Scales({"doctor": layer}, eps=1e-2, lr=0.01)])

@@ -1,8 +1,13 @@
-"""The run: batches in, records out. A step is journaled before the next begins; the same command continues a run."""
+"""The run: batches in, records out. The same command continues a run.
+
+A step is journaled before the next begins; on a GPU while the next runs, so that neither waits for the other.
+"""
 
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import torch
 
 from qzo import memory
 from qzo.checkpoint import newest_snapshot, state_hash, write_snapshot
-from qzo.data.batches import Batch, batch_indices, collate
+from qzo.data.batches import Batch, batch_indices, bucket, collate
 from qzo.data.encode import Encoded, encode_examples, fingerprint, padding_id
 from qzo.data.loss import per_example_loss
 from qzo.data.tasks import Example, Task, get_task, load_examples
@@ -20,6 +25,7 @@ from qzo.errors import BadInput, Interrupted, RunFailed
 from qzo.evaluate import evaluate_task
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Metrics, cut_back, read_metrics
+from qzo.model.decoder import is_plain
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig, read_config
 from qzo.model.load import LoadedModel, load_model, load_tokenizer, skeleton
@@ -28,6 +34,8 @@ from qzo.recipe import Recipe, to_yaml
 from qzo.report import write_report
 from qzo.run import build_optimizer, build_targets, check_base, check_data, claim, device_name, keep_aside, make_header, replay
 from qzo.signals import StopSignals
+from qzo.zo.graph import Graphs
+from qzo.zo.optimizer import Measured
 from qzo.zo.schedule import schedule
 
 MAX_SKIPPED = 10
@@ -75,9 +83,12 @@ class Counts:
 
 
 class Tuner:
-    """One run: `run` does what is left of it and returns the results. All input is checked before the weights are read."""
+    """One run: `run` does what is left of it and returns the results. All input is checked before the weights are read.
 
-    def __init__(self, recipe: Recipe, name: str, command: str, restart: bool = False):
+    capture: on a GPU, steps are captured as CUDA graphs where the model allows it; the bits are the same without.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, command: str, restart: bool = False, capture: bool = True):
         self.recipe, self.command, self.restart = recipe, command, restart
         self.folder, header = claim(recipe, name, restart)
         model, _ = quantized_folder(recipe)
@@ -95,6 +106,10 @@ class Tuner:
         self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
+        self.graphs = Graphs(self.optimizer, self._losses, capture and is_plain(self.loaded.model, bucket(self.max_length)))
+        self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
+        self.pending: deque[Measured] = deque()
+        self.skipped = 0  # in a row
         self.header = header or make_header(recipe, name, self.loaded, self.targets, examples)
         here = f"{device_name(self.loaded.device)}, {self.loaded.dtype}, torch {torch.__version__}"
         there = f"{self.header['device']}, {self.header['dtype']}, torch {self.header['versions']['torch']}"
@@ -128,8 +143,8 @@ class Tuner:
         replay(self.header, journal.records[done:], state)
         for target in self.targets:
             target.load_state(state)
-        for record in journal.records:
-            self.optimizer.clip.observe(record.projected)
+        if journal.records:
+            self.optimizer.clip.observe(torch.from_numpy(np.concatenate([r.projected for r in journal.records])))
         self.optimizer.steps = len(journal.records)
         return journal
 
@@ -155,31 +170,34 @@ class Tuner:
         examples, pad = self._examples(step), padding_id(self.tokenizer)
         size = self.recipe.micro_batch or len(examples)
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        return [collate(part, pad).to(self.loaded.device) for part in parts]
+        return [collate(part, pad).rounded().to(self.loaded.device) for part in parts]
 
-    def _closure(self, batches: list[Batch]) -> Callable[..., torch.Tensor]:
-        examples = sum(b.examples for b in batches)
+    def _losses(self, batches: Sequence[Batch], variants: int = 1) -> torch.Tensor:
+        """The mean loss over the examples of a step's micro-batches, fp32 [variants]."""
+        total = torch.zeros(variants, device=self.loaded.device)
+        for batch in batches:
+            total += per_example_loss(self.loaded.model, batch, variants).sum(1)
+        return total / sum(b.examples for b in batches)
 
-        def closure(variants: int = 1) -> torch.Tensor:
-            total = torch.zeros(variants, device=self.loaded.device)
-            for batch in batches:
-                total += per_example_loss(self.loaded.model, batch, variants).sum(1)
-            return total / examples
-
-        return closure
-
-    def step(self, journal: Journal, metrics: Metrics) -> Record:
-        """Measure, apply, journal and log one step."""
-        step = self.optimizer.steps
+    def launch(self) -> None:
+        """Start one step: measure, estimate, update. What it measured stays pending."""
         for group, target in zip(self.optimizer.param_groups, self.targets, strict=True):
-            group["lr"] = target.lr * self._rate(step)
-        self.optimizer.step(self._closure(self._batch(step)))
-        last = self.optimizer.last
-        flags = FLAG_SKIPPED * last.skipped | FLAG_CLIPPED * last.clipped
-        record = Record(step, flags, last.loss, last.projected, last.coefs.reshape(-1))
-        journal.append(record)
-        self._log(metrics, record)
-        return record
+            group["lr"] = target.lr * self._rate(self.optimizer.steps)
+        self.graphs.step(self._batch(self.optimizer.steps))
+        self.pending.append(self.optimizer.newest)
+
+    def settle(self, journal: Journal, metrics: Metrics, late: int = 0) -> list[Record]:
+        """Read, journal and log the pending steps but the newest `late`, in order."""
+        settled = []
+        while len(self.pending) > late:
+            last = self.pending[0].read()
+            flags = FLAG_SKIPPED * last.skipped | FLAG_CLIPPED * last.clipped
+            settled.append(record := Record(last.step, flags, last.loss, last.projected, last.coefs.reshape(-1)))
+            journal.append(record)
+            self.pending.popleft()
+            self._log(metrics, record)
+            self.skipped = self.skipped + 1 if last.skipped else 0
+        return settled
 
     def _log(self, metrics: Metrics, record: Record) -> None:
         """The line of a step. Steps are logged in order."""
@@ -226,23 +244,32 @@ class Tuner:
             try:
                 self._steps(journal, metrics, stop)
             except Interrupted:
+                self.settle(journal, metrics)
                 self.snapshot(journal)
+                raise
+            except Exception:
+                # Where these fail too, the first error is the one to show.
+                with suppress(Exception):
+                    self.settle(journal, metrics)
                 raise
         return write_report(self.folder, self.header, self.command, state_hash(self._state()))
 
     def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
-        skipped = _skipped_tail(journal.records)
+        self.skipped = _skipped_tail(journal.records)
         progress = Progress("tune", recipe.steps, self.optimizer.steps)
         while (done := self.optimizer.steps) < recipe.steps:
             if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
                 self.evaluate(metrics, stop)
-            record, done = self.step(journal, metrics), done + 1
-            if done % recipe.log_every == 0 or done == recipe.steps:
-                progress.update(done, loss=f"{record.loss:.4f}", d=f"{np.abs(record.projected).mean():.3g}",
-                                lr=f"{self.optimizer.param_groups[0]['lr']:.3g}")  # fmt: skip
-            skipped = skipped + 1 if record.flags & FLAG_SKIPPED else 0
-            if skipped >= MAX_SKIPPED:
+            self.launch()
+            done += 1
+            rest = any(done % every == 0 for every in (recipe.save_every, recipe.eval_every or recipe.steps, recipe.steps))
+            for record in (settled := self.settle(journal, metrics, 0 if rest else self.late)):
+                if (at := record.step + 1) % recipe.log_every == 0 or at == recipe.steps:
+                    progress.update(at, loss=f"{record.loss:.4f}", d=f"{np.abs(record.projected).mean():.3g}",
+                                    lr=f"{self.targets[0].lr * self._rate(record.step):.3g}")  # fmt: skip
+            if settled and self.skipped >= MAX_SKIPPED:
+                self.settle(journal, metrics)
                 self.snapshot(journal)
                 raise RunFailed(str(self.folder.path), f"{MAX_SKIPPED} steps in a row without a finite loss", "finite losses",
                                 "Lower lr or eps, or use dtype=fp32; then --restart.")  # fmt: skip
@@ -258,12 +285,7 @@ class Tuner:
 
 
 def _skipped_tail(records: list[Record]) -> int:
-    count = 0
-    for record in reversed(records):
-        if not record.flags & FLAG_SKIPPED:
-            break
-        count += 1
-    return count
+    return next((i for i, record in enumerate(reversed(records)) if not record.flags & FLAG_SKIPPED), len(records))
 
 
 def tune_model(recipe: Recipe, name: str = "run", restart: bool = False, command: str = "qzo tune") -> tuple[Path, dict]:

@@ -1,6 +1,7 @@
 """Whole runs of the tiny model: what never moves, what comes out the same twice, and every setting there and back."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_lr_0_changes_no_byte(steps, keys, tuner):
 def test_eps_0_gives_equal_losses(stacked, tuner):
     run = tuner(stacked=stacked, directions=2)
     run.targets[0].eps = 0.0
-    closure = run._closure(run._batch(0))
+    closure = partial(run._losses, run._batch(0))
     losses = run.optimizer.losses(closure, 0, [(0, 1), (0, -1), (1, 1), (1, -1)])
     assert len(set(losses.tolist())) == 1
     assert losses[0] == closure()[0]
@@ -73,7 +74,7 @@ def test_stacked_and_separate_forwards_measure_the_same(tuner):
     found = []
     for stacked in (False, True):
         run = tuner(stacked=stacked)
-        found.append(run.optimizer.losses(run._closure(run._batch(3)), 3, [(0, 1), (0, -1)]))
+        found.append(run.optimizer.losses(partial(run._losses, run._batch(3)), 3, [(0, 1), (0, -1)]))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     assert found[0][0] != found[0][1]
 
@@ -82,7 +83,7 @@ def test_micro_batches_measure_the_same(tuner):
     found = []
     for micro in (1, 2, 3, 4, None):
         run = tuner(micro_batch=micro)
-        found.append([run.optimizer.losses(run._closure(run._batch(step)), step, [(0, 1), (0, -1)]) for step in range(3)])
+        found.append([run.optimizer.losses(partial(run._losses, run._batch(step)), step, [(0, 1), (0, -1)]) for step in range(3)])
     for other in found[:-1]:
         for losses, expected in zip(other, found[-1], strict=True):
             torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from qzo.data.encode import Encoded
 from qzo.data.permutation import permutation
@@ -35,7 +36,7 @@ class Batch:
     """B examples of up to C options of up to L tokens, in R rows of T tokens, P of whose predictions are needed."""
 
     input_ids: torch.Tensor  # i64 [R, T], padded on the right: a causal model needs no mask
-    positions: torch.Tensor  # i64 [P], row·T + column, unique and ascending
+    positions: torch.Tensor  # i64 [P], row·T + column, unique and ascending (`rounded` adds zeros)
     pair_position: torch.Tensor  # i64 [B, C, L], index into positions
     pair_token: torch.Tensor  # i64 [B, C, L], the token predicted there
     pair_mask: torch.Tensor  # bool [B, C, L]
@@ -52,8 +53,24 @@ class Batch:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
+        """On `device`; to a GPU without waiting for it."""
+        cuda = torch.device(device).type == "cuda"
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = (value.pin_memory() if cuda and not value.is_cuda else value).to(device, non_blocking=cuda)
+        return Batch(**values)
+
+    def rounded(self) -> "Batch":
+        """The same with P and L rounded up, so that few shapes occur; what is added counts nowhere."""
+        longer = _rounded(self.pair_token.shape[2]) - self.pair_token.shape[2]
+        more = _rounded(len(self.positions)) - len(self.positions)
+        pairs = {name: pad(getattr(self, name), (0, longer)) for name in ("pair_position", "pair_token", "pair_mask")}
+        return dataclasses.replace(self, positions=pad(self.positions, (0, more)), **pairs)
+
+
+def _rounded(size: int) -> int:
+    return bucket(size) if size > 16 else 1 << (size - 1).bit_length()
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qzo.data.batches import Batch
+from qzo.model.decoder import decode
 
 _HEAD_POSITIONS = 2048  # positions per call of the head: bounds the logits at 2048 x vocabulary
 
@@ -30,7 +31,7 @@ def option_scores(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def _scores(model: PreTrainedModel, batch: Batch, variants: int) -> torch.Tensor:
     input_ids = batch.input_ids.repeat(variants, 1)
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+    hidden = decode(model, input_ids)
     hidden = hidden.reshape(variants, -1, hidden.shape[-1]).index_select(1, batch.positions)  # [V, P, width]
     head = model.get_output_embeddings()
     log_probs = torch.zeros(variants, *batch.pair_token.shape, device=hidden.device)  # [V, B, C, L]

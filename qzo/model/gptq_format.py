@@ -75,13 +75,13 @@ def read_config(folder: Folder) -> GptqConfig | None:
 class LayerTensors:
     """One quantized Linear as qzo keeps it: W[n, k] = scales[n, k // group_size]·(code - zero), columns sorted by group.
 
-    codes int32 [N, words] in memory's layout (qzo_kernels.pack); scales fp32 [N, G]; zeros uint8 [N, G] (an expanded
-    view when all are equal); perm int64 [K] or None: sorted column p holds input channel perm[p].
+    codes int32 [N, words] in memory's layout (qzo_kernels.pack); scales fp32 [N, G]; zeros uint8 [N, G]
+    or None (2**(bits - 1) everywhere); perm int64 [K] or None: sorted column p holds input channel perm[p].
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor
+    zeros: torch.Tensor | None
     perm: torch.Tensor | None
 
 
@@ -130,8 +130,8 @@ def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: i
         plain = unpack_codes(given, config.bits, cols)
         tiled.copy_(tile_codes(plain if perm is None else plain[:, perm], config.bits))
     zeros = unpack_zeros(tensors["qzeros"], config, rows).t().contiguous()
-    if bool((zeros == zeros[0, 0]).all()):
-        zeros = zeros[:1, :1].clone().expand(rows, groups)
+    if bool((zeros == 1 << (config.bits - 1)).all()):
+        zeros = None
     scales = tensors["scales"].t().to(torch.float32).contiguous()
     if not bool(torch.isfinite(scales).all()):
         raise BadInput(f"{folder.path}, {name}.scales", "infinities or NaN", "finite scales")

@@ -8,16 +8,25 @@ from qzo.model.gptq_format import LayerTensors
 
 
 class Scratch:
-    """One buffer for the dequantized weight of whichever layer is running: as large as the largest layer."""
+    """One buffer for the dequantized weight of whichever layer is running: as large as the largest layer.
+
+    It is made once, at the first need, so that its address may be captured in a graph.
+    """
 
     def __init__(self) -> None:
+        self._elements = 0
         self._buffer: torch.Tensor | None = None
 
-    def bytes(self, size: int, device: torch.device) -> torch.Tensor:
-        """uint8 of at least `size`."""
-        if self._buffer is None or self._buffer.numel() < size or self._buffer.device != device:
+    def reserve(self, elements: int) -> None:
+        """A layer of so many weights will use it."""
+        self._elements = max(self._elements, elements)
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8, on x's device, in which every layer's weight fits in x's dtype."""
+        size = self._elements * x.dtype.itemsize
+        if self._buffer is None or self._buffer.numel() < size or self._buffer.device != x.device:
             self._buffer = None
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=x.device)
         return self._buffer
 
 
@@ -41,6 +50,7 @@ class QuantLinear(nn.Module):
         self.scales = nn.Parameter(tensors.scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scratch = scratch or Scratch()
+        self.scratch.reserve(self.out_features * self.in_features)
         self.noise: ops.Noise | None = None
 
     def weight(self, dtype: torch.dtype, scales: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,9 +62,10 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.perm is not None:
             x = x.index_select(-1, self.perm)
-        scratch = self.scratch.bytes(self.out_features * self.in_features * x.dtype.itemsize, x.device)
+        route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise)
+        scratch = self.scratch.like(x) if route == "dequantize" else None
         return ops.quant_matmul(
-            x, self.codes, self.scales, self.zeros, self.bits, self.group_size, self.bias, self.noise, scratch
+            x, self.codes, self.scales, self.zeros, self.bits, self.group_size, self.bias, self.noise, scratch, route
         )
 
     def extra_repr(self) -> str:

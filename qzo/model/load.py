@@ -142,11 +142,9 @@ def _swap_quantized(
             continue
         rows, cols = module.out_features, module.in_features
         tensors = read_layer(folder, name, config, rows, cols)
-        expanded = tensors.zeros.stride() == (0, 0)
-        for key in ("codes", "scales", "perm"):
+        for key in ("codes", "scales", "zeros", "perm"):
             value = getattr(tensors, key)
             setattr(tensors, key, None if value is None else value.to(device))
-        tensors.zeros = tensors.zeros[:1, :1].to(device).expand_as(tensors.scales) if expanded else tensors.zeros.to(device)
         bias = None
         if f"{name}.bias" in folder:
             stored = folder.read(f"{name}.bias")

@@ -74,3 +74,23 @@ def test_tokens_and_device(tokenizer):
         row, column = divmod(int(batch.positions[batch.pair_position[b, c, i]]), batch.input_ids.shape[1])
         if column + 1 < len(rows[row]):
             assert rows[row][column + 1] == batch.pair_token[b, c, i]
+
+
+def test_rounded_sizes_count_nothing():
+    long = Encoded(((*range(12),), (*range(20),)), (Option(0, 5, (6, 7, 8, 9, 10)), Option(1, 4, (*range(5, 18),))), 1)
+    batch = collate([long, Encoded(((1, 2),), (Option(0, 1, (3,)),), 0)], 0)
+    wide, places, options = batch.rounded(), len(batch.positions), batch.pair_token.shape[2]
+    assert (places, options) == (19, 13) and (len(wide.positions), wide.pair_token.shape[2]) == (32, 16)
+    assert wide.positions[:places].equal(batch.positions) and not wide.positions[places:].any()
+    for name in ("pair_position", "pair_token", "pair_mask"):
+        kept, added = getattr(wide, name).tensor_split([options], dim=2)
+        assert kept.equal(getattr(batch, name)) and not added.any()
+    for name in ("input_ids", "option_mask", "labels"):
+        assert getattr(wide, name).equal(getattr(batch, name))
+    assert wide.tokens == batch.tokens and wide.rounded().positions.equal(wide.positions)
+
+
+@pytest.mark.parametrize("count, expected", [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (33, 48)])
+def test_rounded_places(count, expected):
+    row = Encoded((tuple(range(count)),), (Option(0, 0, tuple(range(1, count + 1))),), 0)
+    assert len(collate([row], 0).rounded().positions) == expected

@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -167,3 +170,23 @@ def test_a_broken_model_is_not_finite(tokenizer):
     model = build()
     model.lm_head.weight.fill_(float("nan"))
     assert per_example_loss(model, make_batch(tokenizer, EXAMPLES["completion"])).isnan().all()
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+@torch.no_grad()
+def test_rounded_batches_have_the_same_losses(tokenizer, kind):
+    model, batch = build(), make_batch(tokenizer, EXAMPLES[kind])
+    torch.testing.assert_close(per_example_loss(model, batch.rounded(), 2), per_example_loss(model, batch, 2), **FP32)
+
+
+@torch.no_grad()
+def test_the_host_reads_nothing(tokenizer):
+    """A graph of the step can be captured: no value decides what is launched."""
+    batch = make_batch(tokenizer, EXAMPLES["several tokens"])
+    with FakeTensorMode() as mode:
+        fake = dataclasses.replace(batch, **{f.name: mode.from_tensor(v) for f in dataclasses.fields(batch)
+                                             if isinstance(v := getattr(batch, f.name), torch.Tensor)})  # fmt: skip
+        losses = per_example_loss(FAMILIES["llama"]().eval(), fake, 2)
+        assert losses.shape == (2, batch.examples)
+        with pytest.raises(DataDependentOutputException):
+            losses[0, 0].item()

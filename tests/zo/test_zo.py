@@ -91,28 +91,61 @@ def test_uid_collision_is_an_error():
     pytest.fail("400,000 names of a 32-bit hash without a collision")
 
 
+def f32(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
 def test_projected_gradient_and_coefficients():
-    losses = np.array([[1.5, 1.0], [0.25, 0.75]], np.float32)
-    d = projected_gradients(losses, 0.125)
-    assert d.tolist() == [2.0, -2.0] and d.dtype == np.float32
-    assert coefficients(d, 1.0, [0.5, 0.25]).tolist() == [[0.25, -0.25], [0.125, -0.125]]
-    assert coefficients(np.array([0.0], np.float32), np.inf, [1.0]).tolist() == [[0.0]]
+    d = projected_gradients(f32(1.5, 1.0, 0.25, 0.75).view(2, 2), f32(0.25))
+    assert d.tolist() == [2.0, -2.0] and d.dtype == torch.float32
+    assert coefficients(d, f32(1.0)[0], f32(0.5, 0.25), f32(2.0)).tolist() == [[0.25, -0.25], [0.125, -0.125]]
+    assert coefficients(f32(0.0), f32(np.inf)[0], f32(1.0), f32(1.0)).tolist() == [[0.0]]
     for bad in (np.nan, np.inf, -np.inf):
-        assert coefficients(np.array([bad, 1.0], np.float32), 1.0, [1.0]).tolist() == [[0.0, 0.0]]
+        assert coefficients(f32(bad, 1.0), f32(1.0)[0], f32(1.0), f32(2.0)).tolist() == [[0.0, 0.0]]
+
+
+def test_coefficients_have_the_bits_of_numpy():
+    rng = np.random.default_rng(0)
+    losses = (rng.standard_normal((997, 2)) * np.exp(rng.standard_normal((997, 1)) * 8)).astype(np.float32)
+    width, limit, rate = np.float32(2 * 0.003), np.float32(41.7), np.float32(1e-4)
+    d = (losses[:, 0] - losses[:, 1]) / width
+    expected = rate * (np.clip(d, -limit, limit) / np.float32(997))
+    found = projected_gradients(torch.from_numpy(losses), f32(width))
+    assert found.numpy().tobytes() == d.tobytes()
+    assert coefficients(found, f32(limit)[0], f32(rate), f32(997))[0].numpy().tobytes() == expected.tobytes()
 
 
 def test_clip_by_running_median_waits_and_then_acts():
     clip = Clip(multiple=3.0)
     for _ in range(Clip.WARMUP - 1):
-        clip.observe(np.array([2.0], np.float32))
+        clip.observe(f32(2.0))
     assert clip.limit() == float("inf")
-    clip.observe(np.array([-2.0], np.float32))
+    clip.observe(f32(-2.0))
     assert clip.limit() == 6.0
     for _ in range(Clip.WINDOW):
-        clip.observe(np.array([0.0], np.float32))
+        clip.observe(f32(0.0))
     assert clip.limit() == float("inf"), "a median of 0 would freeze the run"
-    clip.observe(np.array([np.nan], np.float32))
-    assert Clip(bound=100.0).limit() == 100.0
+    assert Clip(bound=100.0).limit() == 100.0 and Clip().limit() == float("inf")
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 250])
+def test_the_median_is_that_of_the_last_finite_values(at_once):
+    rng = np.random.default_rng(at_once)
+    values = rng.standard_normal(400).astype(np.float32)
+    broken = rng.random(400) < 0.2
+    values[broken] = rng.choice(np.array([np.nan, np.inf, -np.inf], np.float32), broken.sum())
+    clip, other = Clip(multiple=1.7), Clip(multiple=1.7)
+    for start in range(0, len(values), at_once):
+        clip.observe(torch.from_numpy(values[start : start + at_once]))
+        known = np.abs(values[: start + at_once])
+        known = known[np.isfinite(known)][-Clip.WINDOW :]
+        assert clip.recent() == known.tolist()
+        if len(known) >= Clip.WARMUP:
+            assert clip.limit().numpy() == np.float32(1.7 * float(np.median(known)))
+    other.restore(clip.recent())
+    assert other.recent() == clip.recent() and len(clip.recent()) == Clip.WINDOW
+    other.restore([])
+    assert other.recent() == [] and other.limit() == float("inf")
 
 
 @pytest.mark.parametrize("relative", [True, False])

@@ -1,0 +1,159 @@
+"""Triton kernel of `a8_matmul`: 8-bit tensor cores, one product per group, promoted to fp32 under the group's scale.
+
+The weights are the left operand, so that a thread needs two scales per group. Several small programs share a
+multiprocessor: while one promotes, the tensor core is another's.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tile(NamedTuple):
+    """Launch settings: `rows` of the weight × `parts` products of `columns` rows of x; `order` tiles of weights share the L2."""
+
+    rows: int
+    columns: int
+    parts: int
+    warps: int
+    stages: int
+    order: int = 8
+
+
+TILES = (Tile(64, 128, 1, 4, 4), Tile(64, 64, 1, 4, 4), Tile(64, 32, 1, 4, 4), Tile(64, 16, 1, 4, 4))
+
+
+@triton.jit
+def _place(tile, tall, wide, ORDER: tl.constexpr):
+    """(tile of weights, tile of x) number `tile`: ORDER tiles of weights at a time, all tiles of x for them."""
+    first = tile // (ORDER * wide) * ORDER
+    height = tl.minimum(tall - first, ORDER)
+    at = tile % (ORDER * wide)
+    return first + at % height, at // height
+
+
+@triton.jit
+def _correction(p_zeros, p_sums, n, m, group, wanted, end, groups, stride_zn, stride_zg):
+    """int32 [n, m]: (128 - zero) of the group times the sums of x over it, 0 for rows that are not wanted."""
+    zero = tl.load(p_zeros + n.to(tl.int64) * stride_zn + group * stride_zg, mask=wanted, other=128).to(tl.int32)
+    total = tl.load(p_sums + m.to(tl.int64) * groups + group, mask=m < end, other=0)
+    return (128 - zero)[:, None] * total[None, :]
+
+
+@triton.jit
+def _add(
+    acc, w, d_x, p_zeros, p_sums, row, k, scale, n, N, end, groups, stride_zn, stride_zg,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    x = d_x.load([row, k]).T
+    if WHOLE:
+        acc = tl.dot(w, x, acc, out_dtype=OUT)
+    else:
+        product = tl.dot(w, x, out_dtype=OUT)
+        if ASYM:
+            m = row + tl.arange(0, COLUMNS)
+            wanted = (n < N) & (k % GROUP == 0)
+            product += _correction(p_zeros, p_sums, n, m, k // GROUP, wanted, end, groups, stride_zn, stride_zg)
+        acc += product.to(tl.float32) * scale[:, None]
+    return acc
+
+
+@triton.jit
+def _store(
+    acc, p_y, p_x_scale, p_scale, p_bias, p_zeros, p_sums, row, n, N, end, groups, stride_zn, stride_zg,
+    COLUMNS: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    m = row + tl.arange(0, COLUMNS)
+    if WHOLE and ASYM:
+        acc += _correction(p_zeros, p_sums, n, m, 0, n < N, end, groups, stride_zn, stride_zg)
+    y = acc.to(tl.float32)
+    if WHOLE:
+        y *= tl.load(p_scale, mask=n < N, other=0)[:, None]
+    y *= tl.load(p_x_scale + m, mask=m < end, other=0)[None, :]
+    if BIAS:
+        y += tl.load(p_bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    mask = (n < N)[:, None] & (m < end)[None, :]
+    tl.store(p_y + m.to(tl.int64)[None, :] * N + n[:, None], y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _a8_kernel(
+    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    ORDER: tl.constexpr, OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    wide = tl.cdiv(rows, COLUMNS * PARTS)
+    down, along = _place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
+    variant = along // wide
+    row = variant * rows + along % wide * (COLUMNS * PARTS)
+    end = (variant + 1) * rows
+    n = down * ROWS + tl.arange(0, ROWS)
+    p_scale = p_scales + (variant.to(tl.int64) * N + tl.minimum(n, N - 1)) * groups
+    a = tl.zeros((ROWS, COLUMNS), OUT if WHOLE else tl.float32)
+    b = tl.zeros((ROWS, COLUMNS), OUT if WHOLE else tl.float32)
+    for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+        w = d_w.load([down * ROWS, k])
+        scale = tl.load(p_scale + k // GROUP)
+        a = _add(
+            a, w, d_x, p_zeros, p_sums, row, k, scale, n, N, end, groups, stride_zn, stride_zg,
+            GROUP, COLUMNS, OUT, ASYM, WHOLE,
+        )  # fmt: skip
+        if PARTS == 2:
+            b = _add(
+                b, w, d_x, p_zeros, p_sums, row + COLUMNS, k, scale, n, N, end, groups, stride_zn, stride_zg,
+                GROUP, COLUMNS, OUT, ASYM, WHOLE,
+            )  # fmt: skip
+    _store(
+        a, p_y, p_x_scale, p_scale, p_bias, p_zeros, p_sums, row, n, N, end, groups, stride_zn, stride_zg,
+        COLUMNS, ASYM, WHOLE, BIAS,
+    )  # fmt: skip
+    if PARTS == 2:
+        _store(
+            b, p_y, p_x_scale, p_scale, p_bias, p_zeros, p_sums, row + COLUMNS, n, N, end, groups, stride_zn, stride_zg,
+            COLUMNS, ASYM, WHOLE, BIAS,
+        )  # fmt: skip
+
+
+def choose_tile(rows: int) -> Tile:
+    """The launch for `rows` rows of x per variant: the widest tile that they fill, by the table above."""
+    return next((tile for tile in TILES if rows >= tile.columns * tile.parts), TILES[-1])
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """`matrix` [R, K] in rows that begin at multiples of 16 bytes: itself, or a copy."""
+    octets = matrix.view(torch.int8)
+    if matrix.shape[1] % 16:
+        return pad(octets, (0, -matrix.shape[1] % 16)).view(matrix.dtype)
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
+
+
+def launch_a8_matmul(
+    xq: Tensor, x_scale: Tensor, wq: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype,
+    bias: Tensor | None = None, zeros: Tensor | None = None, sums: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:
+    """`reference_a8.a8_matmul` on its device, `sums` those of `group_sums`; arguments as checked by ops_a8.py."""
+    (count, depth), n, variants = xq.shape, len(wq), len(scales)
+    y = torch.empty(count, n, dtype=dtype, device=xq.device)
+    if not y.numel():
+        return y
+    rows, one = count // variants, group_size >= depth
+    tile = tile or choose_tile(rows)
+    grid = (-(-n // tile.rows) * -(-rows // (tile.columns * tile.parts)) * variants,)
+    step = 128 if one else math.gcd(group_size, 128)
+    xq, wq = _aligned(xq), _aligned(wq)
+    with torch.cuda.device_of(xq):
+        _a8_kernel[grid](
+            TensorDescriptor.from_tensor(xq, [tile.columns, step]), TensorDescriptor.from_tensor(wq, [tile.rows, step]),
+            y, x_scale, scales, bias, zeros, sums,
+            rows, variants, n, depth, scales.shape[2], *((0, 0) if zeros is None else zeros.stride()),
+            GROUP=1 << 30 if one else group_size, ROWS=tile.rows, COLUMNS=tile.columns, PARTS=tile.parts,
+            DEPTH=step, STAGES=tile.stages, ORDER=tile.order, OUT=tl.int32 if xq.dtype == torch.int8 else tl.float32,
+            ASYM=zeros is not None, WHOLE=one and xq.dtype == torch.int8, BIAS=bias is not None, num_warps=tile.warps,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,170 @@
+"""Triton kernels around `a8_matmul`: rows of x to 8 bits, packed codes to 8-bit weights, sums of x over groups.
+
+Each is bound by the bytes it moves. `quantize_rows` is compiled without floating-point contraction and equals the reference's bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qzo_kernels.pack import TILE
+from qzo_kernels.reference_a8 import LARGEST
+
+_WIDTH = 16384  # columns of x that a program holds in registers
+_LANES = 128  # one per thread: nothing changes hands between the loads and the stores
+
+
+@triton.jit
+def _magnitude(p_x, col, cols):
+    """(x in fp32, the largest |x| as int32 bits): bits are ordered as the numbers are, NaN above infinity."""
+    x = tl.load(p_x + col, mask=col < cols, other=0).to(tl.float32)
+    return x, tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
+def _rounded(v, LARGEST: tl.constexpr):
+    """v on the grid of the integers, or of e4m3, ties to even: whatever a cast does with the rest is left out of it."""
+    if LARGEST == 127:
+        shift = 12582912.0
+    else:
+        # 1.5 · 2²⁰ times the power of two below |v|, which is 2⁻⁶ at least: the sum keeps three bits of v.
+        power = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+        shift = power.to(tl.float32, bitcast=True) * 1572864.0
+    return (v + shift) - shift
+
+
+@triton.jit
+def _quantize_kernel(p_q, p_scale, p_x, cols, LARGEST: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    p_x += row * cols
+    p_q += row * cols
+    col = tl.arange(0, WIDTH)
+    x, bits = _magnitude(p_x, col, cols)
+    for i in range(1, CHUNKS):
+        bits = tl.maximum(bits, _magnitude(p_x, i * WIDTH + col, cols)[1])
+    largest = tl.cast(bits, tl.float32, bitcast=True)
+    # Below 1e-30 the inverse would overflow; infinity and NaN are above every finite number's bits.
+    tiny, broken = largest < 1e-30, bits >= 0x7F800000
+    limit = tl.full((), LARGEST, tl.float32)
+    unusable = tiny | broken
+    inverse = tl.where(unusable, 0.0, tl.div_rn(limit, tl.where(unusable, 1.0, largest)))
+    scale = tl.where(tiny, 0.0, tl.div_rn(largest, limit))
+    tl.store(p_scale + row, tl.where(broken, float("nan"), scale))
+    for i in range(CHUNKS):
+        if CHUNKS > 1:
+            x, _ = _magnitude(p_x, i * WIDTH + col, cols)
+        q = _rounded(tl.where(broken, 0.0, x) * inverse, LARGEST)
+        tl.store(p_q + i * WIDTH + col, q.to(p_q.dtype.element_ty), mask=i * WIDTH + col < cols)
+
+
+def launch_quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """`reference_a8.quantize_rows` on its device; x contiguous [M, K]."""
+    rows, cols = x.shape
+    dtype, largest = LARGEST[kind]
+    q = torch.empty(rows, cols, dtype=dtype, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        width = min(_WIDTH, triton.next_power_of_2(cols))
+        with torch.cuda.device_of(x):
+            _quantize_kernel[(rows,)](
+                q, scale, x, cols, LARGEST=largest, WIDTH=width, CHUNKS=triton.cdiv(cols, width),
+                num_warps=max(1, min(8, width // 512)), enable_fp_fusion=False,
+            )  # fmt: skip
+    return q, scale
+
+
+@triton.jit
+def _pair(low, high, zero, shift, above, B: tl.constexpr, BITS: tl.constexpr, INT: tl.constexpr):
+    """[LANES, 2]: codes less zero of both halves of the words at this shift, int8 or f32."""
+    code = (low >> shift) & (((1 << B) - 1) * 0x10001)
+    if BITS == 3:
+        code |= ((high >> above) & 0x10001) << 2
+    if INT:
+        code += 0x01000100 - zero * 0x10001  # the low byte of each half is the difference: nothing borrows across
+        pair = tl.join(code.to(tl.int8), (code >> 16).to(tl.int8))
+    else:
+        pair = tl.join(((code & 0xFF) - zero).to(tl.float32), ((code >> 16) - zero).to(tl.float32))
+    return pair
+
+
+@triton.jit
+def _interleave(even, odd, SIZE: tl.constexpr):
+    """[LANES, SIZE] twice to [LANES, 2·SIZE], one after the other within each lane."""
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (even.shape[0], 2 * SIZE))
+
+
+@triton.jit
+def _unpack_kernel(
+    p_out, p_codes, p_zeros, rows, cols, blocks, stride_zn, stride_zg,
+    GROUP: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    INT: tl.constexpr = p_out.dtype.element_ty == tl.int8
+    # A lane takes words v, B + v, 2B + v, 3B + v of a block: 8 neighbouring columns at each of their 16 // B shifts.
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    v, row, block = lane % B, (lane // B // blocks).to(tl.int64), lane // B % blocks
+    inside = row < rows
+    p_block = p_codes + (lane // B).to(tl.int64) * (4 * BITS)
+    low0 = tl.load(p_block + v, mask=inside, other=0)
+    low1 = tl.load(p_block + v + B, mask=inside, other=0)
+    low2 = tl.load(p_block + v + 2 * B, mask=inside, other=0)
+    low3 = tl.load(p_block + v + 3 * B, mask=inside, other=0)
+    high0, high1, high2, high3 = low0, low1, low2, low3
+    if BITS == 3:
+        high0 = tl.load(p_block + 8, mask=inside, other=0)
+        high1 = tl.load(p_block + 9, mask=inside, other=0)
+        high2 = tl.load(p_block + 10, mask=inside, other=0)
+        high3 = tl.load(p_block + 11, mask=inside, other=0)
+    for p in tl.static_range(16 // B):
+        col = block * 128 + p * (8 * B) + v * 8
+        zero = tl.full((LANES,), 1 << (BITS - 1), tl.int32)
+        if not SYMMETRIC:
+            zero = tl.load(p_zeros + row * stride_zn + col // GROUP * stride_zg, mask=inside & (col < cols), other=0).to(tl.int32)
+        above = 2 * p + v
+        first = _interleave(
+            _pair(low0, high0, zero, p * B, above, B, BITS, INT), _pair(low1, high1, zero, p * B, above, B, BITS, INT), 2
+        )
+        second = _interleave(
+            _pair(low2, high2, zero, p * B, above, B, BITS, INT), _pair(low3, high3, zero, p * B, above, B, BITS, INT), 2
+        )
+        w = _interleave(first, second, 4).to(p_out.dtype.element_ty)
+        at = col[:, None] + tl.arange(0, 8)[None, :]
+        tl.store(p_out + row[:, None] * cols + at, w, mask=inside[:, None] & (at < cols))
+
+
+def launch_unpack(codes: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, out: Tensor) -> None:
+    """`reference_a8.unpack` into `out` on its device; arguments as checked by ops_a8.py."""
+    rows, plane, blocks = len(codes), 2 if bits == 3 else bits, triton.cdiv(cols, TILE)
+    symmetric = zeros is None or bits == 8
+    if out.numel():
+        with torch.cuda.device_of(out):
+            _unpack_kernel[(triton.cdiv(rows * blocks * plane, _LANES),)](
+                out, codes, zeros, rows, cols, blocks, *((0, 0) if symmetric else zeros.stride()), GROUP=min(group_size, 1 << 30),
+                BITS=bits, B=plane, LANES=_LANES, SYMMETRIC=symmetric, num_warps=_LANES // 32,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sums_kernel(p_sums, p_q, groups, cols, group_size, WIDTH: tl.constexpr):
+    row = (tl.program_id(0) // groups).to(tl.int64)
+    group = tl.program_id(0) % groups
+    total = tl.zeros((WIDTH,), tl.int32)
+    for start in range(group * group_size, tl.minimum((group + 1) * group_size, cols), WIDTH):
+        col = start + tl.arange(0, WIDTH)
+        inside = (col < cols) & (col < (group + 1) * group_size)
+        total += tl.load(p_q + row * cols + col, mask=inside, other=0).to(tl.int32)
+    tl.store(p_sums + row * groups + group, tl.sum(total, 0))
+
+
+def launch_group_sums(q: Tensor, group_size: int) -> Tensor:
+    """`reference_a8.group_sums` of int8 [M, K] on its device."""
+    rows, cols = q.shape
+    group_size = min(group_size, cols)
+    groups = triton.cdiv(cols, group_size)
+    sums = torch.empty(rows, groups, dtype=torch.int32, device=q.device)
+    if rows:
+        with torch.cuda.device_of(q):
+            _sums_kernel[(rows * groups,)](
+                sums, q, groups, cols, group_size, WIDTH=min(1024, triton.next_power_of_2(group_size)), num_warps=1
+            )
+    return sums

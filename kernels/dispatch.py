@@ -1,0 +1,69 @@
+"""Which way `quant_matmul` goes, and with which launch: a small table per family of devices, by shape and nothing else.
+
+The table is frozen: nothing is chosen by timing in a run, so a run repeats bit for bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qzo_kernels.pack import TILE
+
+ROUTES = ("fused", "dequantize")
+
+
+class Config(NamedTuple):
+    """A launch: tiles of `rows_n` rows of the weight × `rows_m` rows of x, `splits` of K, warps, pipeline stages."""
+
+    rows_n: int
+    rows_m: int
+    splits: int
+    warps: int
+    stages: int
+
+
+# For up to so many rows of x: tile, programs to reach by splitting K, warps, stages.
+# Measured on an H200 (scripts/bench_kernels); beyond the last line dequantizing and a dense product are faster.
+_HOPPER = (
+    (16, 128, 16, 320, 4, 4),
+    (32, 64, 32, 264, 4, 4),
+    (64, 64, 64, 264, 4, 3),
+    (384, 64, 128, 330, 4, 3),
+)
+_SPLITS = 8  # of K, at most
+_FILLED = 200  # programs of tiles of 128 rows that fill the device; with fewer, tiles of 64 rows
+
+
+def _row(rows: int) -> tuple | None:
+    return next((row for row in _HOPPER if rows <= row[0]), None)
+
+
+def part_width(bits: int, group_size: int, cols: int) -> int:
+    """Columns of one product of the fused kernel: of a block of 128, those sure to share a group. 0: too few for it."""
+    width = TILE if group_size >= cols else min(TILE, group_size & -group_size)
+    return width if width >= (64 if bits == 8 else 32) else 0
+
+
+def route_of(x: Tensor, bits: int, group_size: int, noise) -> str:
+    """The route for x [M, K] under `noise`. Devices that were not measured take Hopper's table."""
+    per_variant = len(x) // (1 if noise is None else len(noise.eps))
+    if not x.is_cuda or x.dtype == torch.float32 or not part_width(bits, group_size, x.shape[1]):
+        return "dequantize"
+    return "fused" if _row(per_variant) else "dequantize"
+
+
+def config_of(x: Tensor, rows: int, noise) -> Config:
+    """The fused kernel's launch for x [M, K] and `rows` rows of the weight."""
+    variants = 1 if noise is None else len(noise.eps)
+    per_variant = len(x) // variants
+    # A tile takes a pair of small variants.
+    _, rows_n, rows_m, programs, warps, stages = _row(per_variant * min(variants, 2)) or _HOPPER[-1]
+
+    def tiles() -> int:
+        pairs = 2 * per_variant <= rows_m
+        return -(-rows // rows_n) * (-(-variants // 2) if pairs else variants * -(-per_variant // rows_m))
+
+    if rows_m == 128 and tiles() < _FILLED:
+        rows_m = 64
+    return Config(rows_n, rows_m, max(1, min(_SPLITS, programs // tiles())), warps, stages)

@@ -1,0 +1,193 @@
+"""Matmuls with 8-bit activations, as torch custom operators `qzo::…`: int8 with weights of 2, 3, 4 or 8 bits, e4m3 with 2, 3 or 4.
+
+What each computes is defined in reference_a8.py. Triton is imported by the first call that needs it.
+"""
+
+import torch
+from torch import Tensor
+
+from qzo_kernels import ops, reference_a8
+from qzo_kernels.checks import check_float, check_weight, require
+from qzo_kernels.pack import tiled_words
+
+_MOST = 1 << 16  # columns of an int8 row of one group: its sum stays in 31 bits
+
+
+def _check_kind(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    kinds = {dtype for dtype, _ in reference_a8.LARGEST.values()}
+    if dtype not in kinds:
+        raise ValueError(f"{name}: {dtype}; expected torch.int8 or torch.float8_e4m3fn")
+    if dtype == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        device_name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        raise ValueError(f"fp8: {device_name} of capability {major}.{minor}; expected 8.9 or above: use int8")
+
+
+def _dtype_of(kind: str, device: torch.device) -> torch.dtype:
+    if kind not in reference_a8.LARGEST:
+        raise ValueError(f"kind = {kind!r}: expected one of {tuple(reference_a8.LARGEST)}")
+    _check_kind("kind", reference_a8.LARGEST[kind][0], device)
+    return reference_a8.LARGEST[kind][0]
+
+
+def _check_group_size(group_size: int, cols: int) -> None:
+    if group_size < 1 or (group_size < cols and group_size % 32):
+        raise ValueError(f"group_size = {group_size}: 8-bit activations take multiples of 32, or whole rows ({cols} and up)")
+
+
+def _check_rows(x: Tensor, kind: str) -> None:
+    check_float("x", x.dtype)
+    if x.dim() != 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}; expected 2 dimensions")
+    require("x", x, x.dtype, tuple(x.shape), x)
+    _dtype_of(kind, x.device)
+
+
+@torch.library.custom_op("qzo::quantize_rows", mutates_args=())
+def quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(q [M, K], scale f32 [M]) of contiguous x [M, K]; kind "int8" or "fp8": see `reference_a8.quantize_rows`."""
+    _check_rows(x, kind)
+    return reference_a8.quantize_rows(x, kind)
+
+
+@quantize_rows.register_kernel("cuda")
+def _(x, kind):
+    _check_rows(x, kind)
+    from qzo_kernels.a8_rows import launch_quantize_rows
+
+    return launch_quantize_rows(x, kind)
+
+
+@quantize_rows.register_fake
+def _(x, kind):
+    return x.new_empty(x.shape, dtype=reference_a8.LARGEST[kind][0]), x.new_empty(len(x), dtype=torch.float32)
+
+
+def _check_unpack(codes: Tensor, zeros: Tensor | None, out: Tensor, bits: int, group_size: int) -> None:
+    _check_kind("out", out.dtype, out.device)
+    if codes.dim() != 2 or out.dim() != 2:
+        raise ValueError(f"codes: shape {tuple(codes.shape)}, out: shape {tuple(out.shape)}; expected 2 dimensions")
+    rows, cols = out.shape
+    require("codes", codes, torch.int32, (rows, tiled_words(cols, bits)), out)
+    require("out", out, out.dtype, (rows, cols), codes)
+    _check_group_size(group_size, cols)
+    if zeros is not None:
+        require("zeros", zeros, torch.uint8, (rows, -(-cols // group_size)), codes, contiguous=False)
+    if bits == 8 and out.dtype != torch.int8:
+        raise ValueError("fp8: e4m3 does not hold codes of bits = 8 exactly; use int8")
+
+
+@torch.library.custom_op("qzo::unpack", mutates_args=("out",))
+def _unpack(codes: Tensor, zeros: Tensor | None, out: Tensor, bits: int, group_size: int) -> None:
+    _check_unpack(codes, zeros, out, bits, group_size)
+    reference_a8.unpack(codes, zeros, bits, group_size, out)
+
+
+@_unpack.register_kernel("cuda")
+def _(codes, zeros, out, bits, group_size):
+    _check_unpack(codes, zeros, out, bits, group_size)
+    from qzo_kernels.a8_rows import launch_unpack
+
+    launch_unpack(codes, zeros, bits, group_size, out.shape[1], out)
+
+
+@_unpack.register_fake
+def _(codes, zeros, out, bits, group_size):
+    return None
+
+
+def unpack(
+    codes: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, kind: str, out: Tensor | None = None
+) -> Tensor:
+    """Weights [N, cols], int8 or e4m3, into `out` if given: see `reference_a8.unpack`. ValueError names what does not fit."""
+    dtype = _dtype_of(kind, codes.device)
+    if out is None:
+        out = codes.new_empty(codes.shape[0], cols, dtype=dtype)
+    require("out", out, dtype, (codes.shape[0], cols), codes)
+    _unpack(codes, zeros, out, bits, group_size)
+    return out
+
+
+def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums) -> None:
+    check_float("dtype", dtype)
+    _check_kind("xq", xq.dtype, xq.device)
+    for name, tensor, dims in (("xq", xq, 2), ("wq", wq, 2), ("scales", scales, 3)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; expected {dims} dimensions")
+    (rows, cols), n, variants = xq.shape, len(wq), len(scales)
+    _check_group_size(group_size, cols)
+    groups = -(-cols // group_size)
+    require("xq", xq, xq.dtype, (rows, cols), xq)
+    require("wq", wq, xq.dtype, (n, cols), xq)
+    require("x_scale", x_scale, torch.float32, (rows,), xq)
+    require("scales", scales, torch.float32, (variants, n, groups), xq)
+    if not variants or rows % variants:
+        raise ValueError(f"xq: {rows} rows; expected a multiple of the {variants} variants of the scales")
+    if bias is not None:
+        require("bias", bias, dtype, (n,), xq)
+    if zeros is not None:
+        require("zeros", zeros, torch.uint8, (n, groups), xq, contiguous=False)
+        if xq.dtype != torch.int8:
+            raise ValueError(f"zeros: given with xq of {xq.dtype}; they correct int8 products of 8-bit codes only")
+    if xsums is not None:
+        require("xsums", xsums, torch.int32, (rows, groups), xq)
+    if xq.dtype == torch.int8 and group_size >= cols > _MOST:
+        raise ValueError(f"group_size = {group_size}: one int8 group of {cols} columns; expected at most {_MOST}")
+
+
+@torch.library.custom_op("qzo::a8_matmul", mutates_args=())
+def a8_matmul(
+    xq: Tensor, x_scale: Tensor, wq: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype,
+    bias: Tensor | None = None, zeros: Tensor | None = None, xsums: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] of `dtype`: see `reference_a8.a8_matmul`. xsums int32 [M, G]: the sums of xq over the groups, if at hand.
+
+    group_size: a multiple of 32, or K and up. ValueError names what does not fit.
+    """
+    _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums)
+    return reference_a8.a8_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros)
+
+
+@a8_matmul.register_kernel("cuda")
+def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=None):
+    _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums)
+    from qzo_kernels.a8_matmul import launch_a8_matmul
+    from qzo_kernels.a8_rows import launch_group_sums
+
+    if zeros is not None and xsums is None:
+        xsums = launch_group_sums(xq, group_size)
+    return launch_a8_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums)
+
+
+@a8_matmul.register_fake
+def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=None):
+    return xq.new_empty(len(xq), len(wq), dtype=dtype)
+
+
+def quant_matmul_a8(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, kind: str,
+    bias: Tensor | None = None, noise: ops.Noise | None = None, scratch: Tensor | None = None,
+) -> Tensor:
+    """y [..., N] of x's dtype with x rounded to 8 bits per row, weights as `ops.quant_matmul` has them.
+
+    x [..., K]; its rows, flattened, are cut into V equal consecutive blocks, block v seeing variant v of `noise`. `zeros` None
+    says that all are 2^(bits - 1), which saves 8-bit codes a correction. scratch uint8: N·K bytes or more in which the 8-bit weight
+    may lie; allocated if not given. ValueError names what does not fit.
+    """
+    check_float("x", x.dtype)
+    cols, rows = x.shape[-1], codes.shape[0]
+    dtype = _dtype_of(kind, x.device)
+    alike = codes.new_empty(1, dtype=torch.uint8).expand(scales.shape)
+    check_weight(codes, scales, alike if zeros is None else zeros, bits, group_size, cols)
+    _check_group_size(group_size, cols)
+    weight = None
+    if scratch is not None:
+        size = rows * cols
+        if scratch.dtype != torch.uint8 or scratch.numel() < size or scratch.device != x.device:
+            given = f"{scratch.dtype} of {scratch.numel()} on {scratch.device}"
+            raise ValueError(f"scratch: {given}; expected uint8, {size} or more, on {x.device}")
+        weight = scratch[:size].view(dtype).view(rows, cols)
+    xq, x_scale = quantize_rows(x.reshape(-1, cols).contiguous(), kind)
+    seen = scales[None] if noise is None else ops.perturb(scales, *noise)
+    weight = unpack(codes, zeros, bits, group_size, cols, kind, weight)
+    y = a8_matmul(xq, x_scale, weight, seen, group_size, x.dtype, bias, zeros if bits == 8 else None)
+    return y.view(*x.shape[:-1], rows)

@@ -1,0 +1,70 @@
+"""Low-bit activations in plain PyTorch: the definition of correct for a8_rows.py and a8_matmul.py, and the path of a CPU."""
+
+import torch
+from torch import Tensor
+
+from qzo_kernels.pack import untile_codes
+
+LARGEST = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}  # kind: dtype, largest magnitude used
+
+
+def quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(q [M, K] int8 or e4m3, scale f32 [M]) of x [M, K]: q = round(x · (L/m)), scale = m/L, m = max |x| of the row.
+
+    L = 127 or 448, ties to even, everything in fp32. Rows with m < 1e-30 give q = 0 and scale 0; rows with an infinity or a NaN
+    give q = 0 and scale NaN.
+    """
+    dtype, largest = LARGEST[kind]
+    x = x.float()
+    m = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
+    tiny, broken = m < 1e-30, ~m.isfinite()
+    limit = torch.tensor(largest, device=x.device)
+    q = (x * (limit / m).masked_fill(tiny, 0)[:, None]).masked_fill(broken[:, None], 0)
+    scale = (m / limit).masked_fill(tiny, 0).masked_fill(broken, float("nan"))
+    return (q.round() if kind == "int8" else q).to(dtype), scale
+
+
+def unpack(codes: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor) -> None:
+    """Weights q - zero into `out` [N, K], int8 or e4m3: exact. For 8 bits q - 128, whatever the zeros.
+
+    codes int32 [N, tiled_words(K, bits)]; zeros uint8 [N, G] (any strides), or None where all are 2^(bits - 1).
+    """
+    q = untile_codes(codes, bits, out.shape[1])
+    if zeros is None or bits == 8:
+        out.copy_(q - (1 << (bits - 1)))
+    else:
+        out.copy_(q - _spread(zeros, group_size, q.shape[1]).to(torch.int16))
+
+
+def _spread(grouped: Tensor, group_size: int, cols: int) -> Tensor:
+    """[R, G] to [R, cols]: every column sees its group's value."""
+    return grouped[:, torch.arange(cols, device=grouped.device) // group_size]
+
+
+def group_sums(q: Tensor, group_size: int) -> Tensor:
+    """int32 [M, G] sums of int8 [M, K] over the groups of columns."""
+    return torch.stack([part.sum(1, dtype=torch.int32) for part in q.split(group_size, 1)], 1)
+
+
+def a8_matmul(
+    xq: Tensor, x_scale: Tensor, wq: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype,
+    bias: Tensor | None = None, zeros: Tensor | None = None,
+) -> Tensor:
+    """y [M, N] of `dtype`: x_scale[m] · Σ_g s[v, n, g] · (Σ_{k in g} xq·wq + (128 - zero[n, g]) · Σ_{k in g} xq) + bias[n].
+
+    xq [M, K] and wq [N, K] both int8 or both e4m3; x_scale f32 [M]; scales f32 [V, N, G], G = ceil(K/group_size), of which the rows
+    of xq, cut into V equal consecutive blocks, see one each; bias [N]. `zeros` uint8 [N, G], only with int8, belong to
+    8-bit codes of which wq holds q - 128; without them the second sum is 0. In fp64 (integer sums are exact), rounded once.
+    """
+    x, total = xq.double(), torch.zeros(len(xq), len(wq), dtype=torch.float64, device=xq.device)
+    blocks = list(zip(total.chunk(len(scales)), x.chunk(len(scales)), scales.double(), strict=True)) if len(x) else []
+    for g, columns in enumerate(torch.arange(xq.shape[1], device=xq.device).split(group_size)):
+        w = wq[:, columns[0] : columns[-1] + 1].double()
+        for y, part, scale in blocks:
+            part = part[:, columns[0] : columns[-1] + 1]
+            product = part @ w.t()
+            if zeros is not None:
+                product += part.sum(1, keepdim=True) * (128 - zeros[:, g].double())
+            y += product * scale[:, g]
+    total *= x_scale.double()[:, None]
+    return (total if bias is None else total + bias.double()).to(dtype)

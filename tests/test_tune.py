@@ -1,0 +1,116 @@
+"""A run whose host is one step behind the device, as on a GPU: the same journal, and nothing lost."""
+
+import shutil
+
+import pytest
+import torch
+from tiny_runs import write_recipe
+
+from qzo.checkpoint import newest_snapshot
+from qzo.errors import Interrupted, RunFailed
+from qzo.journal import FLAG_SKIPPED, read_journal
+from qzo.metrics import read_metrics
+from qzo.recipe import load_recipe
+from qzo.tune import Tuner
+
+LATE = [{}, {"save_every": 3, "eval_every": 2, "log_every": 1}, {"steps": 16, "clip_median": 1.5, "save_every": 5}]
+
+
+@pytest.fixture
+def tuner(llama4, sentiment, tmp_path):
+    def make(late=1, **keys):
+        path = write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, **keys)
+        run = Tuner(load_recipe(path), "tiny", "qzo tune")
+        run.late = late
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("keys", LATE)
+def test_a_journal_one_step_late_is_the_same(keys, tuner, tmp_path, monkeypatch):
+    """What a GPU does: step t is journaled while step t + 1 runs, and nothing is pending at a snapshot or an evaluation."""
+    monkeypatch.setattr(Tuner, "evaluate", at_rest(Tuner.evaluate))
+    monkeypatch.setattr(Tuner, "snapshot", at_rest(Tuner.snapshot))
+    outcomes = []
+    for late in (0, 1):
+        run, behind = tuner(late, **keys), []
+        launch = run.launch
+
+        def launched(run=run, launch=launch, behind=behind):
+            launch()
+            behind.append(len(run.pending))
+
+        run.launch = launched
+        run.run()
+        lines = [{k: v for k, v in m.items() if k not in ("seconds", "peak_memory")} for m in read_metrics(run.folder.metrics)]
+        outcomes.append((run.folder.journal.read_bytes(), lines, newest_snapshot(run.folder.path)[2]))
+        assert max(behind) == 1 + late
+        shutil.rmtree(run.folder.path)
+    assert outcomes[0] == outcomes[1]
+
+
+def at_rest(method):
+    def checked(self, first, *others):
+        assert not self.pending
+        assert len(read_journal(self.folder.journal)[1]) == self.optimizer.steps
+        return method(self, first, *others)
+
+    return checked
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), Interrupted("here", 15, "")], ids=["error", "interrupt"])
+def test_nothing_pending_is_lost(error, tuner):
+    run = tuner(steps=6, save_every=100)
+    launch = run.launch
+
+    def launched():
+        if run.optimizer.steps == 4:
+            assert len(run.pending) == 1
+            raise error
+        launch()
+
+    run.launch = launched
+    with pytest.raises(type(error)):
+        run.run()
+    assert [r.step for r in read_journal(run.folder.journal)[1]] == [0, 1, 2, 3]
+    assert [m["step"] for m in read_metrics(run.folder.metrics) if "step" in m] == [0, 1, 2, 3]
+    found = newest_snapshot(run.folder.path)
+    assert found[0] == 4 if isinstance(error, Interrupted) else found is None
+
+
+def test_the_first_error_is_shown(tuner, monkeypatch):
+    run = tuner()
+    monkeypatch.setattr("qzo.tune.Journal.append", lambda *_: raised(RunFailed("journal", "full")))
+    with pytest.raises(RunFailed, match="full"):
+        run.run()
+    assert [m.step for m in run.pending] == [0, 1]
+
+
+def raised(error):
+    raise error
+
+
+def test_a_run_that_diverges_stops_a_step_later(tuner, monkeypatch):
+    monkeypatch.setattr("qzo.tune.per_example_loss", not_a_number)
+    for done in (11, 12):
+        run = tuner(steps=30)
+        with pytest.raises(RunFailed, match="10 steps in a row"):
+            run.run()
+        assert len(read_journal(run.folder.journal)[1]) == newest_snapshot(run.folder.path)[0] == done
+
+
+def test_a_run_that_recovers_goes_on(tuner, monkeypatch):
+    """Ten skipped steps at the end of a journal and a finite one after them."""
+    with monkeypatch.context() as patch:
+        patch.setattr("qzo.tune.per_example_loss", not_a_number)
+        with pytest.raises(RunFailed):
+            tuner(0, steps=30, save_every=20).run()
+    run = tuner(steps=30, save_every=20)
+    run.run()
+    records = read_journal(run.folder.journal)[1]
+    assert [bool(r.flags & FLAG_SKIPPED) for r in records] == [True] * 10 + [False] * 20
+
+
+def not_a_number(model, batch, variants):
+    return torch.full((variants, batch.examples), float("nan"))
