@@ -26,7 +26,8 @@ class Tile(NamedTuple):
     order: int = 8
 
 
-TILES = (Tile(64, 128, 1, 4, 4), Tile(64, 64, 1, 4, 4), Tile(64, 32, 1, 4, 4), Tile(64, 16, 1, 4, 4))
+# By the rows of x per variant from which a tile is taken. Measured on an H200.
+TILES = {2048: Tile(128, 128, 1, 8, 4), 128: Tile(64, 128, 1, 4, 4), 64: Tile(64, 64, 1, 4, 4), 32: Tile(64, 32, 1, 4, 4), 0: Tile(64, 16, 1, 4, 4)}
 
 
 @triton.jit
@@ -121,8 +122,8 @@ def _a8_kernel(
 
 
 def choose_tile(rows: int) -> Tile:
-    """The launch for `rows` rows of x per variant: the widest tile that they fill, by the table above."""
-    return next((tile for tile in TILES if rows >= tile.columns * tile.parts), TILES[-1])
+    """The launch for `rows` rows of x per variant."""
+    return next(tile for least, tile in TILES.items() if rows >= least)
 
 
 def _aligned(matrix: Tensor) -> Tensor:

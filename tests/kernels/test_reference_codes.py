@@ -91,7 +91,7 @@ def test_quantized_normal_statistics(noise_bits):
 
 def test_rounding_is_unbiased():
     """10⁷ draws within 5 sigma, down to a probability of 1e-4, where that is one sixth of the chance."""
-    uniform = reference.uniform24((2500, 4000), 7, 1, 0, 42, 3)
+    uniform = reference.uniform24((2500, 4000), 7, 1, 0, 42, 3, DEVICE)
     count = uniform.numel()
     for x in (1e-4, -1e-4, 3e-3, 0.37, -2.9999, 1000.25):
         exact = float(torch.tensor(x))
