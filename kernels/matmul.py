@@ -155,15 +155,24 @@ def _finish(p_y, p_bias, acc, at, mask, n, N, BIAS: tl.constexpr):
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_TICKETS = 1 << 16  # more tiles are not split: they fill every device
 _tickets: dict[tuple, Tensor] = {}
 
 
-def _ticket(device: torch.device, tiles: int) -> Tensor:
-    """int32 zeros, which every launch leaves zero: one buffer per stream, so that a launch costs no fill."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream)
-    if key not in _tickets or _tickets[key].numel() < tiles:
-        _tickets[key] = torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device)
+def _ticket(device: torch.device) -> Tensor:
+    """int32 zeros, which every launch leaves zero: one buffer per stream, so that a launch costs no fill.
+
+    Captured launches share one, for graphs are replayed one after another. It is made by the first launch outside a
+    capture: what a capture fills is filled only by replaying that one graph.
+    """
+    shared = (device.index, "graphs")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if shared not in _tickets:
+            raise RuntimeError("quant_matmul: captured before its first launch; launch it once, then capture")
+        return _tickets[shared]
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    for missing in {shared, key} - _tickets.keys():
+        _tickets[missing] = torch.zeros(_TICKETS, dtype=torch.int32, device=device)
     return _tickets[key]
 
 
@@ -190,7 +199,7 @@ def launch_matmul(
     pair = variants > 1 and per_variant <= config.rows_m // 2
     height = config.rows_m // (2 if pair else 1)
     tiles = triton.cdiv(rows, config.rows_n) * triton.cdiv(variants, 1 + pair) * triton.cdiv(per_variant, height)
-    per_split = triton.cdiv(triton.cdiv(cols, TILE), config.splits)
+    per_split = triton.cdiv(triton.cdiv(cols, TILE), config.splits if tiles <= _TICKETS else 1)
     splits = triton.cdiv(triton.cdiv(cols, TILE), per_split)
     y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     partial = torch.empty(splits, *y.shape, dtype=torch.float32, device=x.device) if splits > 1 else None
@@ -203,7 +212,7 @@ def launch_matmul(
             TensorDescriptor.from_tensor(x, [height, part]),
             TensorDescriptor.from_tensor(codes, [config.rows_n, 8 if bits == 3 else 4 * bits]),
             TensorDescriptor.from_tensor(codes, [config.rows_n, 4]),
-            y, scales, zeros, bias, state, eps, partial, _ticket(x.device, tiles) if splits > 1 else None,
+            y, scales, zeros, bias, state, eps, partial, _ticket(x.device) if splits > 1 else None,
             per_variant, variants, rows, cols, groups, *((0, 0) if zeros is None else zeros.stride()),
             noise_functions.signed(uid), floor, per_split,
             BITS=bits, GROUP=0 if group_size >= cols else group_size, PART=part, ZERO=1 << (bits - 1) if zeros is None else -1,

@@ -71,7 +71,6 @@ class Weight:
     bits: int
     codes: list[Tensor]
     scales: list[Tensor]
-    zeros: Tensor
 
     def seen(self, noise: ops.Noise | None) -> Tensor:
         """f32 [V, N, G] of set 0."""
@@ -80,7 +79,7 @@ class Weight:
     def exact(self, scales: Tensor) -> Tensor:
         """fp64 [N, K] of set 0 under f32 [N, G]."""
         w = untile_codes(self.codes[0], self.bits, self.layer.cols).double().unflatten(1, (-1, GROUP))
-        return ((w - self.zeros[:, :, None]) * scales.double()[:, :, None]).flatten(1)
+        return ((w - (1 << (self.bits - 1))) * scales.double()[:, :, None]).flatten(1)
 
 
 class Bench:
@@ -108,8 +107,7 @@ class Bench:
         # Where K is a multiple of 128 every word is a valid one.
         codes = [torch.randint(-(1 << 31), 1 << 31, (rows, words), dtype=torch.int32, device=self.device) for _ in range(count)]
         scales = [(0.5 + torch.rand(rows, cols // GROUP, device=self.device)) * 2.0 ** (-4 - bits) for _ in range(count)]
-        zeros = torch.full((1, 1), 1 << (bits - 1), dtype=torch.uint8, device=self.device).expand(rows, cols // GROUP)
-        return Weight(self.layer, bits, codes, scales, zeros)
+        return Weight(self.layer, bits, codes, scales)
 
     def dense(self) -> list[Tensor]:
         shape = (self.layer.rows, self.layer.cols)
@@ -190,7 +188,7 @@ def quant_matmul(bench: Bench, m: int, bits: int = 4, noise: int = 0, route: str
         forced = {} if route == "auto" else {"route": route}
 
         def call(i: int) -> Tensor:
-            return ops.quant_matmul(x, w.codes[i], w.scales[i], w.zeros, bits, GROUP, None, given, scratch, **forced)
+            return ops.quant_matmul(x, w.codes[i], w.scales[i], None, bits, GROUP, None, given, scratch, **forced)
 
         return Made(call, len(w.codes), lambda: bench.product(x, [partial(w.exact, s) for s in w.seen(given)]))
 
@@ -209,8 +207,8 @@ def two_halves(bench: Bench, m: int, bits: int = 4) -> Case:
 
         def call(i: int) -> Tensor:
             first, second = x.chunk(2)
-            ops.quant_matmul(first, w.codes[i], w.scales[i], w.zeros, bits, GROUP, None, single[0], scratch)
-            return ops.quant_matmul(second, w.codes[i], w.scales[i], w.zeros, bits, GROUP, None, single[1], scratch)
+            ops.quant_matmul(first, w.codes[i], w.scales[i], None, bits, GROUP, None, single[0], scratch)
+            return ops.quant_matmul(second, w.codes[i], w.scales[i], None, bits, GROUP, None, single[1], scratch)
 
         return Made(call, len(w.codes), lambda: bench.product(x.chunk(2)[1], [partial(w.exact, w.seen(single[1])[0])]))
 
@@ -226,7 +224,7 @@ def dequantize(bench: Bench, noise: int) -> Case:
         given = bench.noise(1) if noise else None
 
         def call(i: int) -> Tensor:
-            return ops.dequantize(w.codes[i], w.scales[i], w.zeros, 4, GROUP, layer.cols, bench.dtype, outs[min(i, 1)], given)
+            return ops.dequantize(w.codes[i], w.scales[i], None, 4, GROUP, layer.cols, bench.dtype, outs[min(i, 1)], given)
 
         def expected() -> tuple[Tensor, Tensor]:
             return torch.arange(layer.rows, device=bench.device), w.exact(w.seen(given)[0])

@@ -56,8 +56,7 @@ def quantized_model(like: str, device: torch.device, dtype: torch.dtype) -> tupl
             codes = torch.randint(-(1 << 31), 1 << 31, (rows, tiled_words(cols, BITS)), dtype=torch.int32, device=device)
             # Codes are uniform in -8 ... 7, whose root mean square is 4.6.
             scales = (0.5 + torch.rand(rows, -(-cols // GROUP), device=device)).mul_(SPREAD / 4.6)
-            zeros = torch.full((1, 1), 1 << (BITS - 1), dtype=torch.uint8, device=device).expand_as(scales)
-            layer = QuantLinear(f"model.{name}", LayerTensors(codes, scales, zeros, None), BITS, GROUP, cols, None, scratch)
+            layer = QuantLinear(f"model.{name}", LayerTensors(codes, scales, None, None), BITS, GROUP, cols, None, scratch)
             parent, _, child = name.rpartition(".")
             setattr(model.model.get_submodule(parent), child, layer)
             layers[layer.name] = layer

@@ -145,6 +145,18 @@ def test_operator():
     torch.library.opcheck(torch.ops.qzo.fused_matmul, flat, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("route", ops.ROUTES)
+def test_compiles_whole(route):
+    """torch.compile sees operators with known shapes, and no break of its graph."""
+    x, (codes, scales, zeros, bits, group_size, bias, noise) = make(4, 65, 256, 128, False, 6, 2, True, DTYPES[0])
+
+    def call(x):
+        return ops.quant_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, route=route) * 2
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), call(x))
+
+
 def test_what_the_kernel_does_not_take_is_named():
     x, arguments = make(4, 8, 100, 20, False, 2, 0, False, DTYPES[0])
     with pytest.raises(ValueError, match="group_size = 20"):
