@@ -174,7 +174,7 @@ def test_exact_weight_is_the_reference_in_fp64(bits):
     assert len(w.codes) > 1 and not torch.equal(w.codes[0], w.codes[1])
     for variant in range(2):
         one = noise._replace(state=noise.state[variant : variant + 1], eps=noise.eps[variant : variant + 1])
-        expected = ops.dequantize(w.codes[0], w.scales[0], w.zeros, bits, cases.GROUP, 256, torch.float32, None, one)
+        expected = ops.dequantize(w.codes[0], w.scales[0], None, bits, cases.GROUP, 256, torch.float32, None, one)
         assert torch.allclose(w.exact(w.seen(noise)[variant]).float(), expected, rtol=1e-6, atol=0)
     assert not torch.equal(*w.seen(noise))
 
@@ -228,7 +228,7 @@ def test_random_models_differ_by_their_linears_only():
     assert torch.isclose(per_example_loss(dense, batch).mean(), models.eager_loss(dense, batch), rtol=1e-4)
     ours = per_example_loss(model, batch)
     for layer in layers.values():
-        expected = reference.dequantize(layer.codes, layer.scales.data, layer.zeros, 4, 128, layer.in_features, torch.float32)
+        expected = reference.dequantize(layer.codes, layer.scales.data, None, 4, 128, layer.in_features, torch.float32)
         assert expected.std() == pytest.approx(models.SPREAD, rel=0.1)
         linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
         linear.weight = torch.nn.Parameter(expected)
