@@ -3,7 +3,6 @@
 What each computes is defined in reference.py. Triton is imported by the first call that needs it.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -164,11 +163,11 @@ def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, floor, r
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-@functools.cache
 def _full_precision_sums() -> None:
     """cuBLAS sums its partial products in fp32, for the whole process: the loss noise of bf16 sums drowns a small eps."""
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if not torch.compiler.is_compiling():
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def quant_matmul(
