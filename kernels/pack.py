@@ -104,9 +104,10 @@ def tile_codes(codes: Tensor, bits: int) -> Tensor:
     blocks = pad(codes, (0, -codes.shape[1] % TILE)).view(codes.shape[0], -1, TILE)
     parts, low = [], 0
     for b in planes(bits):
-        fields = ((blocks >> low) & ((1 << b) - 1)).unflatten(2, (16 // b, b, 4, 2)).to(torch.int32)  # [R, blocks, p, v, t, h]
-        shifts = torch.arange(0, 16, b, dtype=torch.int32, device=codes.device)
-        halves = (fields << shifts[:, None, None, None]).sum(2, dtype=torch.int32)
+        columns = blocks.unflatten(2, (16 // b, b, 4, 2))  # [R, blocks, p, v, t, h]
+        halves = torch.zeros(*blocks.shape[:2], b, 4, 2, dtype=torch.int32, device=codes.device)
+        for p in range(16 // b):
+            halves |= ((columns[:, :, p] >> low) & ((1 << b) - 1)).to(torch.int32) << (b * p)
         parts.append((halves[..., 0] | (halves[..., 1] << 16)).transpose(2, 3).flatten(2))
         low += b
     return torch.cat(parts, 2).view(codes.shape[0], words)

@@ -108,34 +108,31 @@ def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: i
     """The Linear `name` (K = cols -> N = rows) of a checkpoint, on the CPU. Raises BadInput for wrong shapes."""
     size = config.group(cols)
     groups = -(-cols // size)
-    expected = {
-        "qweight": (packed_words(cols, config.bits), rows),
-        "qzeros": (groups, packed_words(rows, config.bits)),
-        "scales": (groups, rows),
-    }
-    tensors = {}
-    for key, shape in expected.items():
-        tensors[key] = folder.read(f"{name}.{key}")
-        given = tuple(tensors[key].shape)
-        if given != shape:
-            raise BadInput(f"{folder.path}, {name}.{key}", f"shape {list(given)}", f"{list(shape)}",
-                           "config.json, bits or group_size do not fit these weights.")  # fmt: skip
-        if tensors[key].is_floating_point() != (key == "scales") or (key != "scales" and tensors[key].dtype != torch.int32):
-            raise BadInput(f"{folder.path}, {name}.{key}", str(tensors[key].dtype), "int32, and floating-point scales")
-    perm = _permutation(folder, name, cols, size)
-    packed = tensors["qweight"].t().contiguous()
+    # What stays is made before what goes: freed memory below it could not be given back.
     codes = torch.empty(rows, tiled_words(cols, config.bits), dtype=torch.int32)
-    # Some rows at a time: unpacked as a whole, the codes and their intermediates outgrow a layer.
-    for given, tiled in zip(packed.split(256), codes.split(256), strict=True):
-        plain = unpack_codes(given, config.bits, cols)
-        tiled.copy_(tile_codes(plain if perm is None else plain[:, perm], config.bits))
-    zeros = unpack_zeros(tensors["qzeros"], config, rows).t().contiguous()
-    if bool((zeros == 1 << (config.bits - 1)).all()):
-        zeros = None
-    scales = tensors["scales"].t().to(torch.float32).contiguous()
+    scales = _read(folder, name, "scales", (groups, rows)).t().to(torch.float32).contiguous()
     if not bool(torch.isfinite(scales).all()):
         raise BadInput(f"{folder.path}, {name}.scales", "infinities or NaN", "finite scales")
+    zeros = unpack_zeros(_read(folder, name, "qzeros", (groups, packed_words(rows, config.bits))), config, rows).t().contiguous()
+    if bool((zeros == 1 << (config.bits - 1)).all()):
+        zeros = None
+    perm = _permutation(folder, name, cols, size)
+    packed = _read(folder, name, "qweight", (packed_words(cols, config.bits), rows))
+    # Some rows at a time: unpacked as a whole, the codes and their intermediates outgrow a layer.
+    for given, tiled in zip(packed.split(64, dim=1), codes.split(64), strict=True):
+        plain = unpack_codes(given.t().contiguous(), config.bits, cols)
+        tiled.copy_(tile_codes(plain if perm is None else plain[:, perm], config.bits))
     return LayerTensors(codes, scales, zeros, perm)
+
+
+def _read(folder: Folder, name: str, key: str, shape: tuple[int, int]) -> torch.Tensor:
+    tensor = folder.read(f"{name}.{key}")
+    if tuple(tensor.shape) != shape:
+        raise BadInput(f"{folder.path}, {name}.{key}", f"shape {list(tensor.shape)}", f"{list(shape)}",
+                       "config.json, bits or group_size do not fit these weights.")  # fmt: skip
+    if tensor.is_floating_point() != (key == "scales") or (key != "scales" and tensor.dtype != torch.int32):
+        raise BadInput(f"{folder.path}, {name}.{key}", str(tensor.dtype), "int32, and floating-point scales")
+    return tensor
 
 
 def _permutation(folder: Folder, name: str, cols: int, size: int) -> torch.Tensor | None:
