@@ -65,3 +65,12 @@ def check_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
 def check_float(name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
         raise ValueError(f"{name}: {dtype}; expected float32, bfloat16 or float16")
+
+
+def weight_in(scratch: Tensor, dtype: torch.dtype, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """The beginning of `scratch` uint8 as a weight of this dtype and shape, beside `like`."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    if scratch.dtype != torch.uint8 or scratch.numel() < size or scratch.device != like.device:
+        given = f"{scratch.dtype} of {scratch.numel()} on {scratch.device}"
+        raise ValueError(f"scratch: {given}; expected uint8, {size} or more, on {like.device}")
+    return scratch[:size].view(dtype).view(shape)

@@ -83,5 +83,3 @@ def differences(w, high_plane, zero, FIRST: tl.constexpr, PAIRS: tl.constexpr, B
         odd = tl.join(tl.join(q1, q5), tl.join(q3, q7))
         q = tl.permute(tl.join(even, odd), (0, 3, 4, 5, 1, 2))
     return tl.reshape(q, (R, WIDTH))
-
-

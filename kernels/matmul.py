@@ -17,6 +17,7 @@ from qzo_kernels.dispatch import Config, part_width
 from qzo_kernels.fields import differences
 from qzo_kernels.pack import TILE
 
+
 @triton.jit
 def _load_plane(codes, tile_n, block, FIRST: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr):
     """int32 [BN, (v, t)]: the words of a plane of one block, in the order of the columns they hold."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qzo_kernels import reference
-from qzo_kernels.checks import check_float, check_noise, check_update, check_weight, require
+from qzo_kernels.checks import check_float, check_noise, check_update, check_weight, require, weight_in
 from qzo_kernels.dispatch import ROUTES, config_of, route_of
 
 
@@ -199,11 +199,7 @@ def _dense_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, scratc
     if x.is_cuda:
         _full_precision_sums()
     rows, cols, variants = codes.shape[0], x.shape[1], 1 if noise is None else len(noise.eps)
-    weight, size = None, rows * cols * x.dtype.itemsize
-    if scratch is not None:
-        if scratch.dtype != torch.uint8 or scratch.numel() < size or scratch.device != x.device:
-            raise ValueError(f"scratch: {scratch.dtype} of {scratch.numel()} on {scratch.device}; expected uint8, {size} or more, on {x.device}")
-        weight = scratch[:size].view(x.dtype).view(rows, cols)
+    weight = None if scratch is None else weight_in(scratch, x.dtype, (rows, cols), x)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for v, (part, target) in enumerate(zip(x.chunk(variants), y.chunk(variants), strict=True)):
         one = noise and noise._replace(state=noise.state[v : v + 1], eps=noise.eps[v : v + 1])

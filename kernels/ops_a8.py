@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qzo_kernels import ops, reference_a8
-from qzo_kernels.checks import check_float, check_weight, require
+from qzo_kernels.checks import check_float, check_weight, require, weight_in
 from qzo_kernels.pack import tiled_words
 
 _MOST = 1 << 16  # columns of an int8 row of one group: its sum stays in 31 bits
@@ -176,16 +176,9 @@ def quant_matmul_a8(
     check_float("x", x.dtype)
     cols, rows = x.shape[-1], codes.shape[0]
     dtype = _dtype_of(kind, x.device)
-    alike = codes.new_empty(1, dtype=torch.uint8).expand(scales.shape)
-    check_weight(codes, scales, alike if zeros is None else zeros, bits, group_size, cols)
+    check_weight(codes, scales, zeros, bits, group_size, cols)
     _check_group_size(group_size, cols)
-    weight = None
-    if scratch is not None:
-        size = rows * cols
-        if scratch.dtype != torch.uint8 or scratch.numel() < size or scratch.device != x.device:
-            given = f"{scratch.dtype} of {scratch.numel()} on {scratch.device}"
-            raise ValueError(f"scratch: {given}; expected uint8, {size} or more, on {x.device}")
-        weight = scratch[:size].view(dtype).view(rows, cols)
+    weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
     xq, x_scale = quantize_rows(x.reshape(-1, cols).contiguous(), kind)
     seen = scales[None] if noise is None else ops.perturb(scales, *noise)
     weight = unpack(codes, zeros, bits, group_size, cols, kind, weight)
