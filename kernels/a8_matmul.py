@@ -31,7 +31,7 @@ TILES = {2048: Tile(128, 128, 1, 8, 4), 128: Tile(64, 128, 1, 4, 4), 64: Tile(64
 
 
 @triton.jit
-def _place(tile, tall, wide, ORDER: tl.constexpr):
+def place(tile, tall, wide, ORDER: tl.constexpr):
     """(tile of weights, tile of x) number `tile`: ORDER tiles of weights at a time, all tiles of x for them."""
     first = tile // (ORDER * wide) * ORDER
     height = tl.minimum(tall - first, ORDER)
@@ -90,7 +90,7 @@ def _a8_kernel(
     ORDER: tl.constexpr, OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     wide = tl.cdiv(rows, COLUMNS * PARTS)
-    down, along = _place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
+    down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
     variant = along // wide
     row = variant * rows + along % wide * (COLUMNS * PARTS)
     end = (variant + 1) * rows

@@ -35,10 +35,27 @@ def _rounded(v, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantize_kernel(p_q, p_scale, p_x, cols, LARGEST: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+def _ordered(q, ORDER: tl.constexpr):
+    """[WIDTH] in the order in which the bytes of words of ORDER-bit codes (pack.py) name the columns of each block of 128.
+
+    4 bits: nibble 4h + 2p₁ + p₀ of word (v, t) is column 64p₁ + 32p₀ + 8v + 2t + h, and comes as byte 2h + p₁ of part p₀;
+    8 bits: byte 2h + p of word (v, t) is column 64p + 8v + 2t + h.
+    """
+    BLOCKS: tl.constexpr = q.shape[0] // 128
+    if ORDER == 4:
+        q = tl.permute(tl.reshape(q, (BLOCKS, 2, 2, 4, 4, 2)), (0, 3, 2, 4, 5, 1))
+    if ORDER == 8:
+        q = tl.permute(tl.reshape(q, (BLOCKS, 2, 8, 4, 2)), (0, 2, 3, 4, 1))
+    return tl.reshape(q, (BLOCKS * 128,)) if ORDER else q
+
+
+@triton.jit
+def _quantize_kernel(
+    p_q, p_scale, p_x, cols, width, LARGEST: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p_x += row * cols
-    p_q += row * cols
+    p_q += row * width
     col = tl.arange(0, WIDTH)
     x, bits = _magnitude(p_x, col, cols)
     for i in range(1, CHUNKS):
@@ -54,22 +71,26 @@ def _quantize_kernel(p_q, p_scale, p_x, cols, LARGEST: tl.constexpr, WIDTH: tl.c
     for i in range(CHUNKS):
         if CHUNKS > 1:
             x, _ = _magnitude(p_x, i * WIDTH + col, cols)
-        q = _rounded(tl.where(broken, 0.0, x) * inverse, LARGEST)
-        tl.store(p_q + i * WIDTH + col, q.to(p_q.dtype.element_ty), mask=i * WIDTH + col < cols)
+        q = _ordered(_rounded(tl.where(broken, 0.0, x) * inverse, LARGEST).to(p_q.dtype.element_ty), ORDER)
+        tl.store(p_q + i * WIDTH + col, q, mask=i * WIDTH + col < width)
 
 
-def launch_quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """`reference_a8.quantize_rows` on its device; x contiguous [M, K]."""
+def launch_quantize_rows(x: Tensor, kind: str, order: int = 0) -> tuple[Tensor, Tensor]:
+    """`reference_a8.quantize_rows` on its device; x contiguous [M, K].
+
+    order: 0, or the bits (4, 8) of the packed codes that will meet it: columns as a8_packed wants them, whole blocks of 128.
+    """
     rows, cols = x.shape
     dtype, largest = LARGEST[kind]
-    q = torch.empty(rows, cols, dtype=dtype, device=x.device)
+    width = triton.cdiv(cols, TILE) * TILE if order else cols
+    q = torch.empty(rows, width, dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        width = min(_WIDTH, triton.next_power_of_2(cols))
+        held = min(_WIDTH, max(triton.next_power_of_2(cols), TILE))
         with torch.cuda.device_of(x):
             _quantize_kernel[(rows,)](
-                q, scale, x, cols, LARGEST=largest, WIDTH=width, CHUNKS=triton.cdiv(cols, width),
-                num_warps=max(1, min(8, width // 512)), enable_fp_fusion=False,
+                q, scale, x, cols, width, LARGEST=largest, WIDTH=held, CHUNKS=triton.cdiv(cols, held), ORDER=order,
+                num_warps=max(1, min(8, held // 512)), enable_fp_fusion=False,
             )  # fmt: skip
     return q, scale
 
