@@ -32,6 +32,7 @@ _HOPPER = (
     (384, 64, 128, 330, 4, 3),
 )
 _SPLITS = 8  # of K, at most
+_SLOTS = 16  # variants of a tile, at most: a thread holds the signs of all of them for its two rows of the weight
 _FILLED = 200  # programs of tiles of 128 rows that fill the device; with fewer, tiles of 64 rows
 
 
@@ -43,6 +44,13 @@ def part_width(bits: int, group_size: int, cols: int) -> int:
     """Columns of one product of the fused kernel: of a block of 128, those sure to share a group. 0: too few for it."""
     width = TILE if group_size >= cols else min(TILE, group_size & -group_size)
     return width if width >= (64 if bits == 8 else 32) else 0
+
+
+def slots_of(per_variant: int, variants: int, rows_m: int) -> int:
+    """Variants that share a tile of rows_m rows, each a power of two of them: more than two, or 1 for none to share."""
+    slots = rows_m // per_variant
+    fits = variants > 2 and per_variant & (per_variant - 1) == 0 and 2 <= slots <= _SLOTS
+    return slots if fits else 1
 
 
 def route_of(x: Tensor, bits: int, group_size: int, noise) -> str:
@@ -57,10 +65,13 @@ def config_of(x: Tensor, rows: int, noise) -> Config:
     """The fused kernel's launch for x [M, K] and `rows` rows of the weight."""
     variants = 1 if noise is None else len(noise.eps)
     per_variant = len(x) // variants
-    # A tile takes a pair of small variants.
-    _, rows_n, rows_m, programs, warps, stages = _row(per_variant * min(variants, 2)) or _HOPPER[-1]
+    # A tile takes several small variants: as many as have slots, or else a pair.
+    shared = min(variants, _SLOTS) if per_variant & (per_variant - 1) == 0 else min(variants, 2)
+    _, rows_n, rows_m, programs, warps, stages = _row(per_variant * shared) or _HOPPER[-1]
 
     def tiles() -> int:
+        if slots_of(per_variant, variants, rows_m) > 1:
+            return -(-rows // rows_n) * -(-len(x) // rows_m)
         pairs = 2 * per_variant <= rows_m
         return -(-rows // rows_n) * (-(-variants // 2) if pairs else variants * -(-per_variant // rows_m))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qzo_kernels import noise as noise_functions
-from qzo_kernels.dispatch import Config, part_width
+from qzo_kernels.dispatch import Config, part_width, slots_of
 from qzo_kernels.fields import differences
 from qzo_kernels.pack import TILE
 
@@ -29,9 +29,8 @@ def _load_plane(codes, tile_n, block, FIRST: tl.constexpr, B: tl.constexpr, BITS
 def _signs(p_state, p_eps, n, variant, groups, uid, floor):
     """A variant's Rademacher signs for up to 128 groups, four words [len(n)], its eps, and the floor: none for eps = 0."""
     p_state += variant * 3
-    w0, w1, w2, w3 = noise_functions.words(
-        tl.load(p_state), n * tl.cdiv(groups, 128), uid, tl.load(p_state + 1), tl.load(p_state + 2), 0
-    )
+    block = n * tl.cdiv(groups, 128) + variant * 0
+    w0, w1, w2, w3 = noise_functions.words(tl.load(p_state), block, uid, tl.load(p_state + 1), tl.load(p_state + 2), 0)
     eps = tl.load(p_eps + variant)
     return w0, w1, w2, w3, eps, tl.where(eps == 0.0, float("-inf"), floor)
 
@@ -41,7 +40,7 @@ def _seen(scale, w0, w1, w2, w3, group, eps, floor, RELATIVE: tl.constexpr):
     """Scales [N] of one group as a variant sees them: `noise.moved` with the sign set by one bit; floor -inf for eps = 0."""
     word = tl.where(group < 64, tl.where(group < 32, w0, w1), tl.where(group < 96, w2, w3))
     bit = (word << (31 - group % 32).to(tl.uint32)) & 0x80000000
-    step = (bit ^ tl.cast(-eps, tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    step = (bit ^ (-eps).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
     m = scale * (1.0 + step) if RELATIVE else scale + step
     return tl.where(m < floor, floor, m)
 
@@ -60,8 +59,8 @@ def _tile(R, V, BM: tl.constexpr, PAIR: tl.constexpr, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["uid"])
 def _matmul_kernel(
     rows_of_x, codes, third_bits, p_y, p_scales, p_zeros, p_bias, p_state, p_eps, p_partial, p_ticket,
-    R, V, N, K, groups, stride_zn, stride_zg, uid, floor, blocks_per_split,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    R, V, N, K, groups, stride_zn, stride_zg, uid, floor, blocks_per_split, variants,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     PAIR: tl.constexpr, SPLITS: tl.constexpr, NOISE: tl.constexpr, RELATIVE: tl.constexpr, BIAS: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +70,10 @@ def _matmul_kernel(
     held = tl.minimum(n, N - 1)
     p_scales_a = p_scales + held.to(tl.int64) * groups
     p_scales_b = p_scales_a
-    if NOISE == 1:
+    if SLOTS > 1:
+        inside = tl.minimum(row // (BM // SLOTS) + tl.arange(0, SLOTS), variants - 1)[None, :]
+        a0, a1, a2, a3, eps_a, floor_a = _signs(p_state, p_eps, n[:, None], inside, groups, uid, floor)
+    elif NOISE == 1:
         a0, a1, a2, a3, eps_a, floor_a = _signs(p_state, p_eps, n, a, groups, uid, floor)
         if PAIR:
             b0, b1, b2, b3, eps_b, floor_b = _signs(p_state, p_eps, n, b, groups, uid, floor)
@@ -103,9 +105,13 @@ def _matmul_kernel(
                 if NOISE == 1:
                     s_b = _seen(s_b, b0, b1, b2, b3, group, eps_b, floor_b, RELATIVE)
                 acc_b += tl.dot(q, rows_of_x.load([b * R + row, k]).T) * s_b[:, None]
-            if NOISE == 1:
-                s_a = _seen(s_a, a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE)
-            acc_a += product * s_a[:, None]
+            if SLOTS > 1:
+                seen = _seen(s_a[:, None], a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE)
+                acc_a += product * tl.reshape(tl.broadcast_to(seen[:, :, None], (BN, SLOTS, BM // SLOTS)), (BN, BM))
+            else:
+                if NOISE == 1:
+                    s_a = _seen(s_a, a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE)
+                acc_a += product * s_a[:, None]
     tile = tile_n * tiles_m + tile_m
     _write(p_y, p_bias, p_partial, p_ticket, acc_a, acc_b, R, V, N, n, a, row, tile, split, BM, PAIR, SPLITS, BIAS)
 
@@ -197,9 +203,12 @@ def launch_matmul(
         from qzo_kernels.perturb import launch_perturb
 
         scales, mode = launch_perturb(scales, *noise), 2
-    pair = variants > 1 and per_variant <= config.rows_m // 2
+    slots = slots_of(per_variant, variants, config.rows_m) if mode == 1 else 1
+    pair = slots == 1 and variants > 1 and per_variant <= config.rows_m // 2
+    # With slots, a tile takes rows as they come: to its geometry they are those of one variant.
+    count, each = (1, len(x)) if slots > 1 else (variants, per_variant)
     height = config.rows_m // (2 if pair else 1)
-    tiles = triton.cdiv(rows, config.rows_n) * triton.cdiv(variants, 1 + pair) * triton.cdiv(per_variant, height)
+    tiles = triton.cdiv(rows, config.rows_n) * triton.cdiv(count, 1 + pair) * triton.cdiv(each, height)
     per_split = triton.cdiv(triton.cdiv(cols, TILE), config.splits if tiles <= _TICKETS else 1)
     splits = triton.cdiv(triton.cdiv(cols, TILE), per_split)
     y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
@@ -214,9 +223,9 @@ def launch_matmul(
             TensorDescriptor.from_tensor(codes, [config.rows_n, 8 if bits == 3 else 4 * bits]),
             TensorDescriptor.from_tensor(codes, [config.rows_n, 4]),
             y, scales, zeros, bias, state, eps, partial, _ticket(x.device) if splits > 1 else None,
-            per_variant, variants, rows, cols, groups, *((0, 0) if zeros is None else zeros.stride()),
-            noise_functions.signed(uid), floor, per_split,
-            BITS=bits, GROUP=0 if group_size >= cols else group_size, PART=part, ZERO=1 << (bits - 1) if zeros is None else -1,
+            each, count, rows, cols, groups, *((0, 0) if zeros is None else zeros.stride()),
+            noise_functions.signed(uid), floor, per_split, variants,
+            BITS=bits, SLOTS=slots, GROUP=0 if group_size >= cols else group_size, PART=part, ZERO=1 << (bits - 1) if zeros is None else -1,
             BN=config.rows_n, BM=height, PAIR=pair, SPLITS=splits, NOISE=mode, RELATIVE=relative, BIAS=bias is not None,
             DTYPE=_DTYPES[x.dtype], ASM=x.is_cuda, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip

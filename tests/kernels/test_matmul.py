@@ -37,6 +37,9 @@ CASES = [
     (8, 65, 172, 64, True, 17, 1, False, SMALL),
     (8, 3, 640, 128, False, 64, 4, True, SPLIT),
     (8, 63, 257, 257, False, 257, 1, False, TALL),
+    (4, 65, 640, 128, True, 16, 16, True, SMALL),  # a variant per row, all in one tile
+    (4, 130, 300, 64, False, 40, 10, False, TALL),  # ten slots of four rows, of sixteen
+    (2, 63, 257, 128, True, 96, 6, False, SPLIT),  # tiles of two slots
     (4, 16, 13824, 128, True, 2, 2, False, SPLIT),  # 108 groups
     (4, 16, 4224, 32, True, 4, 2, False, SPLIT),  # 132 groups: more than one Philox call of signs
 ]
@@ -194,3 +197,4 @@ def test_table_sends_small_products_to_the_fused_kernel():
     assert dispatch.config_of(x, 5120, None).splits > 1
     assert dispatch.route_of(x, 4, 128, None) == ("dequantize" if not x.is_cuda else "fused")
     assert dispatch.part_width(4, 96, 960) == 32 and dispatch.part_width(8, 32, 960) == 0 and dispatch.part_width(3, 5, 5) == 128
+    assert [dispatch.slots_of(*given) for given in ((4, 16, 64), (1, 64, 16), (1, 64, 32), (3, 16, 64), (32, 2, 64))] == [16, 16, 1, 1, 1]
