@@ -107,6 +107,13 @@ def unpack(
     return out
 
 
+def _check_product(x, dtype, scales, bias) -> None:
+    if not len(scales) or len(x) % len(scales):
+        raise ValueError(f"xq: {len(x)} rows; expected a multiple of the {len(scales)} variants of the scales")
+    if bias is not None:
+        require("bias", bias, dtype, (scales.shape[1],), x)
+
+
 def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums) -> None:
     check_float("dtype", dtype)
     _check_kind("xq", xq.dtype, xq.device)
@@ -120,10 +127,7 @@ def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums
     require("wq", wq, xq.dtype, (n, cols), xq)
     require("x_scale", x_scale, torch.float32, (rows,), xq)
     require("scales", scales, torch.float32, (variants, n, groups), xq)
-    if not variants or rows % variants:
-        raise ValueError(f"xq: {rows} rows; expected a multiple of the {variants} variants of the scales")
-    if bias is not None:
-        require("bias", bias, dtype, (n,), xq)
+    _check_product(xq, dtype, scales, bias)
     if zeros is not None:
         require("zeros", zeros, torch.uint8, (n, groups), xq, contiguous=False)
         if xq.dtype != torch.int8:
@@ -163,6 +167,37 @@ def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=N
     return xq.new_empty(len(xq), len(wq), dtype=dtype)
 
 
+def takes_packed(kind: str, bits: int, group_size: int, cols: int) -> bool:
+    """Whether the weights can go from their packed codes into the product."""
+    return kind == "int8" and bits in (4, 8) and (group_size % 128 == 0 or group_size >= cols)
+
+
+@torch.library.custom_op("qzo::a8_packed", mutates_args=())
+def _a8_packed(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    xq, x_scale = reference_a8.quantize_rows(x, "int8")
+    weight = codes.new_empty(codes.shape[0], x.shape[1], dtype=torch.int8)
+    reference_a8.unpack(codes, zeros, bits, group_size, weight)
+    return reference_a8.a8_matmul(xq, x_scale, weight, scales, group_size, x.dtype, bias, zeros if bits == 8 else None)
+
+
+@_a8_packed.register_kernel("cuda")
+def _(x, codes, scales, zeros, bias, bits, group_size):
+    from qzo_kernels.a8_packed import launch_a8_packed
+    from qzo_kernels.a8_rows import launch_group_sums, launch_quantize_rows
+
+    xq, x_scale = launch_quantize_rows(x, "int8", bits)
+    # A group of whole rows spans the padding too, which is 0.
+    sums = None if zeros is None else launch_group_sums(xq, group_size if group_size < x.shape[1] else xq.shape[1])
+    return launch_a8_packed(xq, x_scale, codes, scales, bits, group_size, x.shape[1], x.dtype, bias, zeros, sums)
+
+
+@_a8_packed.register_fake
+def _(x, codes, scales, zeros, bias, bits, group_size):
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
 def quant_matmul_a8(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, kind: str,
     bias: Tensor | None = None, noise: ops.Noise | None = None, scratch: Tensor | None = None,
@@ -178,9 +213,13 @@ def quant_matmul_a8(
     dtype = _dtype_of(kind, x.device)
     check_weight(codes, scales, zeros, bits, group_size, cols)
     _check_group_size(group_size, cols)
-    weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
-    xq, x_scale = quantize_rows(x.reshape(-1, cols).contiguous(), kind)
+    flat = x.reshape(-1, cols).contiguous()
     seen = scales[None] if noise is None else ops.perturb(scales, *noise)
+    if takes_packed(kind, bits, group_size, cols):
+        _check_product(flat, x.dtype, seen, bias)
+        return _a8_packed(flat, codes, seen, zeros, bias, bits, group_size).view(*x.shape[:-1], rows)
+    weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
+    xq, x_scale = quantize_rows(flat, kind)
     weight = unpack(codes, zeros, bits, group_size, cols, kind, weight)
     y = a8_matmul(xq, x_scale, weight, seen, group_size, x.dtype, bias, zeros if bits == 8 else None)
     return y.view(*x.shape[:-1], rows)
