@@ -4,6 +4,8 @@ A mask makes four signed bytes out of a word, 16·(q − 8) of every other nibbl
 The columns of x come in the order of those bytes (a8_rows, `order`).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,41 +16,84 @@ from qzo_kernels.a8_matmul import place
 from qzo_kernels.pack import TILE
 
 
-@triton.jit
-def _bytes(w):
-    """int8 [..., 2, 2]: the bytes of int32 [...], lowest first."""
-    return tl.join(tl.join(w.to(tl.int8), (w >> 16).to(tl.int8)), tl.join((w >> 8).to(tl.int8), (w >> 24).to(tl.int8)))
+_FACTOR = {(False, 4): 0.0625, (False, 8): 1.0, (True, 4): 512.0, (True, 8): 1.0}  # by (fp8, bits): over what the product is of
+# (w & $2) ^ $3 over the four bytes of a word.
+_AND_XOR = tl.constexpr("lop3.b32 $0, $1, $5, $9, 0x6A;")
+# e4m3 bits of 2⁻⁹·(q − 8) for the nibbles q in the low (odd: high) halves of the bytes of $1: below 8, the sign and 8 − q.
+_E4M3 = """{{ .reg .b32 g, d, m;
+shr.b32 g, $1, {shift}; lop3.b32 g, g, 0x0F0F0F0F, 0x08080808, 0x6A; sub.u32 d, 0x90909090, g;
+shl.b32 m, $1, {sign}; prmt.b32 m, m, m, 0xBA98; lop3.b32 $0, g, d, m, 0xE4; }}"""
+_EVEN = tl.constexpr(_E4M3.format(shift=0, sign=4))
+_ODD = tl.constexpr(_E4M3.format(shift=4, sign=0))
 
 
 @triton.jit
-def _weights(d_w, row, block, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """int8 [ROWS, 128]: 16·(q − 8) or q − 128 of a block."""
+def _four(w):
+    """[..., 2, 2]: each element of w four times."""
+    return tl.join(tl.join(w, w), tl.join(w, w))
+
+
+@triton.jit
+def _byte(w):
+    """int32 [..., 2, 2]: the bytes of int32 [...], lowest first."""
+    return tl.join(tl.join(w, w >> 16), tl.join(w >> 8, w >> 24)) & 255
+
+
+@triton.jit
+def _signed(w, MASK: tl.constexpr, FLIP: tl.constexpr, ASM: tl.constexpr):
+    """int8 [..., 2, 2]: the bytes of (w & MASK) ^ FLIP."""
+    if ASM:
+        four = _four(w)
+        mask, flip = tl.full(four.shape, MASK, tl.int32), tl.full(four.shape, FLIP, tl.int32)
+        return tl.inline_asm_elementwise(_AND_XOR, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [four, mask, flip], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return _byte((w & MASK) ^ FLIP).to(tl.int8)
+
+
+@triton.jit
+def _small(w, PART: tl.constexpr, ASM: tl.constexpr):
+    """e4m3 [..., 2, 2]: 2⁻⁹·(q − 8) of the even (PART 0) or the odd nibbles."""
+    if ASM:
+        return tl.inline_asm_elementwise(_ODD if PART else _EVEN, "=r,r,r,r,r", [_four(w)], dtype=tl.float8e4nv, is_pure=True, pack=4)
+    else:
+        return (((_byte(w) >> (4 * PART)) & 15).to(tl.float32) * 0.001953125 - 0.015625).to(tl.float8e4nv)
+
+
+@triton.jit
+def _weights(d_w, row, block, BITS: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
+    """[ROWS, 128] of a block: 16·(q − 8) or q − 128 as int8; 2⁻⁹·(q − 8), or the bytes themselves, as e4m3."""
     w = tl.reshape(d_w.load([row, block * (4 * BITS)]), (ROWS, 4, BITS))
     w = tl.reshape(tl.permute(w, (0, 2, 1)), (ROWS, 4 * BITS))
     if BITS == 4:
-        w = w ^ -2004318072  # 0x88888888: q − 8 in two's complement
-        q = tl.join(_bytes((w << 4) & -252645136), _bytes(w & -252645136))  # the even nibbles, the odd ones
+        if FP8:
+            q = tl.join(_small(w, 0, ASM), _small(w, 1, ASM))
+        else:
+            q = tl.join(_signed(w << 4, -252645136, -2139062144, ASM), _signed(w, -252645136, -2139062144, ASM))  # 0xF0F0F0F0, 0x80808080
         q = tl.permute(tl.reshape(q, (ROWS, 4, 4, 4, 2)), (0, 1, 4, 2, 3))
+    elif FP8:
+        q = _signed(w, -1, 0, ASM).to(tl.float8e4nv, bitcast=True)
     else:
-        q = _bytes(w ^ -2139062144)  # 0x80808080
+        q = _signed(w, -1, -2139062144, ASM)
     return tl.reshape(q, (ROWS, 128))
 
 
 @triton.jit
-def _zero_part(p_zeros, p_sums, held, m, end, group, groups, stride_zn, stride_zg, BITS: tl.constexpr):
-    """int32 [n, m]: what the middle of the range, subtracted in place of the zero point, leaves out of a group's product."""
-    zero = tl.load(p_zeros + held * stride_zn + group * stride_zg).to(tl.int32)
+def _zero_part(p_zeros, p_sums, held, m, end, group, groups, stride_zn, stride_zg, BITS: tl.constexpr, FP8: tl.constexpr):
+    """[n, m]: what the middle of the range, subtracted in place of the zero point, leaves out of a group's product."""
+    away = (1 << (BITS - 1)) - tl.load(p_zeros + held * stride_zn + group * stride_zg).to(tl.int32)
     total = tl.load(p_sums + m.to(tl.int64) * groups + group, mask=m < end, other=0)
-    away = (8 - zero) * 16 if BITS == 4 else 128 - zero
-    return away[:, None] * total[None, :]
+    if FP8:
+        return away[:, None].to(tl.float32) * (total * 0.001953125)[None, :]
+    return (away * (16 if BITS == 4 else 1))[:, None] * total[None, :]
 
 
 @triton.jit
 def _packed_kernel(
-    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
-    ASYM: tl.constexpr, BIAS: tl.constexpr,
+    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg, factor,
+    BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ORDER: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    OUT: tl.constexpr = tl.float32 if FP8 else tl.int32
     wide = tl.cdiv(rows, COLUMNS)
     down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
     variant = along // wide
@@ -58,41 +103,69 @@ def _packed_kernel(
     m = row + tl.arange(0, COLUMNS)
     held = tl.minimum(n, N - 1)
     p_scale = p_scales + (variant.to(tl.int64) * N + held) * groups
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc = tl.zeros((ROWS, COLUMNS), tl.int32 if WHOLE else tl.float32)
     for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
-        group = block * 128 // GROUP if GROUP else 0
-        product = tl.dot(_weights(d_w, down * ROWS, block, BITS, ROWS), d_x.load([row, block * 128]).T, out_dtype=tl.int32)
+        w = _weights(d_w, down * ROWS, block, BITS, ROWS, FP8, ASM)
+        x = d_x.load([row, block * 128]).T
+        if WHOLE:
+            acc = tl.dot(w, x, acc, out_dtype=OUT)
+        else:
+            group = block * 128 // GROUP
+            product = tl.dot(w, x, out_dtype=OUT)
+            if ASYM:
+                if block * 128 % GROUP == 0:
+                    product += _zero_part(p_zeros, p_sums, held, m, end, group, groups, stride_zn, stride_zg, BITS, FP8)
+            acc += product.to(tl.float32) * tl.load(p_scale + group)[:, None]
+    if WHOLE:
         if ASYM:
-            if block * 128 % (GROUP if GROUP else 1 << 30) == 0:
-                product += _zero_part(p_zeros, p_sums, held, m, end, group, groups, stride_zn, stride_zg, BITS)
-        acc += product.to(tl.float32) * tl.load(p_scale + group)[:, None]
-    y = acc * (tl.load(p_x_scale + m, mask=m < end, other=0) * (0.0625 if BITS == 4 else 1.0))[None, :]
+            acc += _zero_part(p_zeros, p_sums, held, m, end, 0, groups, stride_zn, stride_zg, BITS, FP8)
+        y = acc.to(tl.float32) * tl.load(p_scale)[:, None]
+    else:
+        y = acc
+    y *= (tl.load(p_x_scale + m, mask=m < end, other=0) * factor)[None, :]
     if BIAS:
         y += tl.load(p_bias + held).to(tl.float32)[:, None]
     mask = (n < N)[:, None] & (m < end)[None, :]
     tl.store(p_y + m.to(tl.int64)[None, :] * N + n[:, None], y.to(p_y.dtype.element_ty), mask=mask)
 
 
+class Tile(NamedTuple):
+    """Launch settings: `rows` of the weight (64 per four warps) × `columns` rows of x; `order` tiles of weights share the L2."""
+
+    columns: int
+    warps: int
+    stages: int
+    order: int = 8
+
+
+# By the rows of x per variant from which a tile is taken. Measured on an H200.
+TILES = {128: Tile(128, 4, 3), 64: Tile(64, 4, 4), 32: Tile(32, 4, 4), 0: Tile(16, 4, 4)}
+
+
 def launch_a8_packed(
     xq: Tensor, x_scale: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype,
-    bias: Tensor | None = None, zeros: Tensor | None = None, sums: Tensor | None = None,
-    columns: int = 128, warps: int = 4, stages: int = 3, order: int = 8,
+    bias: Tensor | None = None, zeros: Tensor | None = None, sums: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """`reference_a8.a8_matmul` of xq int8 [M, whole blocks] from launch_quantize_rows(…, order=bits) with packed codes.
+    """`reference_a8.a8_matmul` of xq [M, whole blocks], int8 or e4m3, from launch_quantize_rows(…, order=bits) with packed codes.
 
-    scales f32 [V, N, G] as forwards see them, group_size a multiple of 128 or at least K; zeros uint8 [N, G] with
-    sums int32 [M, G] of xq over the groups, or None: 2**(bits − 1).
+    Codes of 8 bits that meet e4m3 are e4m3 themselves. scales f32 [V, N, G] as forwards see them, group_size a multiple of 128 or at
+    least K; zeros uint8 [N, G] with sums [M, G] of xq over the groups, or None: 2**(bits − 1).
     """
     variants, n, groups = scales.shape
-    rows, tall = len(xq) // variants, 64 * warps // 4
+    rows, fp8 = len(xq) // variants, xq.dtype != torch.int8
     y = torch.empty(len(xq), n, dtype=dtype, device=xq.device)
-    grid = (-(-n // tall) * -(-rows // columns) * variants,)
+    if not y.numel():
+        return y
+    tile = tile or next(tile for least, tile in TILES.items() if rows >= least)
+    tall = 64 * tile.warps // 4
+    grid = (-(-n // tall) * -(-rows // tile.columns) * variants,)
     with torch.cuda.device_of(xq):
         _packed_kernel[grid](
-            TensorDescriptor.from_tensor(xq, [columns, TILE]), TensorDescriptor.from_tensor(codes, [tall, 4 * bits]),
+            TensorDescriptor.from_tensor(xq, [tile.columns, TILE]), TensorDescriptor.from_tensor(codes, [tall, 4 * bits]),
             y, x_scale, scales, bias, zeros, sums,
-            rows, variants, n, cols, groups, *((0, 0) if zeros is None else zeros.stride()),
-            BITS=bits, GROUP=0 if group_size >= cols else group_size, ROWS=tall, COLUMNS=columns, STAGES=stages, ORDER=order,
-            ASYM=zeros is not None, BIAS=bias is not None, num_warps=warps,
+            rows, variants, n, cols, groups, *((0, 0) if zeros is None else zeros.stride()), _FACTOR[fp8, bits],
+            BITS=bits, GROUP=min(group_size, 1 << 30), WHOLE=group_size >= cols and not fp8, ROWS=tall, COLUMNS=tile.columns,
+            STAGES=tile.stages, ORDER=tile.order, ASYM=zeros is not None, BIAS=bias is not None, FP8=fp8, ASM=xq.is_cuda,
+            num_warps=tile.warps,
         )  # fmt: skip
     return y

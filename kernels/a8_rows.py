@@ -118,7 +118,7 @@ def _interleave(even, odd, SIZE: tl.constexpr):
 @triton.jit
 def _unpack_kernel(
     p_out, p_codes, p_zeros, rows, cols, blocks, stride_zn, stride_zg,
-    GROUP: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, SYMMETRIC: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     INT: tl.constexpr = p_out.dtype.element_ty == tl.int8
     # A lane takes words v, B + v, 2B + v, 3B + v of a block: 8 neighbouring columns at each of their 16 // B shifts.
@@ -138,8 +138,8 @@ def _unpack_kernel(
         high3 = tl.load(p_block + 11, mask=inside, other=0)
     for p in tl.static_range(16 // B):
         col = block * 128 + p * (8 * B) + v * 8
-        zero = tl.full((LANES,), 1 << (BITS - 1), tl.int32)
-        if not SYMMETRIC:
+        zero = tl.full((LANES,), ZERO, tl.int32)
+        if ZERO < 0:
             zero = tl.load(p_zeros + row * stride_zn + col // GROUP * stride_zg, mask=inside & (col < cols), other=0).to(tl.int32)
         above = 2 * p + v
         first = _interleave(
@@ -156,12 +156,14 @@ def _unpack_kernel(
 def launch_unpack(codes: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, out: Tensor) -> None:
     """`reference_a8.unpack` into `out` on its device; arguments as checked by ops_a8.py."""
     rows, plane, blocks = len(codes), 2 if bits == 3 else bits, triton.cdiv(cols, TILE)
-    symmetric = zeros is None or bits == 8
+    zero = (1 << (bits - 1)) if zeros is None or bits == 8 else -1
+    if bits == 8 and out.dtype != torch.int8:
+        zero, out = 0, out.view(torch.int8)
     if out.numel():
         with torch.cuda.device_of(out):
             _unpack_kernel[(triton.cdiv(rows * blocks * plane, _LANES),)](
-                out, codes, zeros, rows, cols, blocks, *((0, 0) if symmetric else zeros.stride()), GROUP=min(group_size, 1 << 30),
-                BITS=bits, B=plane, LANES=_LANES, SYMMETRIC=symmetric, num_warps=_LANES // 32,
+                out, codes, zeros, rows, cols, blocks, *((0, 0) if zero >= 0 else zeros.stride()), GROUP=min(group_size, 1 << 30),
+                BITS=bits, B=plane, LANES=_LANES, ZERO=zero, num_warps=_LANES // 32,
             )  # fmt: skip
 
 
@@ -169,20 +171,21 @@ def launch_unpack(codes: Tensor, zeros: Tensor | None, bits: int, group_size: in
 def _sums_kernel(p_sums, p_q, groups, cols, group_size, WIDTH: tl.constexpr):
     row = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
-    total = tl.zeros((WIDTH,), tl.int32)
+    DTYPE: tl.constexpr = p_sums.dtype.element_ty
+    total = tl.zeros((WIDTH,), DTYPE)
     for start in range(group * group_size, tl.minimum((group + 1) * group_size, cols), WIDTH):
         col = start + tl.arange(0, WIDTH)
         inside = (col < cols) & (col < (group + 1) * group_size)
-        total += tl.load(p_q + row * cols + col, mask=inside, other=0).to(tl.int32)
+        total += tl.where(inside, tl.load(p_q + row * cols + col, mask=inside).to(DTYPE), 0)
     tl.store(p_sums + row * groups + group, tl.sum(total, 0))
 
 
 def launch_group_sums(q: Tensor, group_size: int) -> Tensor:
-    """`reference_a8.group_sums` of int8 [M, K] on its device."""
+    """`reference_a8.group_sums` of [M, K] on its device."""
     rows, cols = q.shape
     group_size = min(group_size, cols)
     groups = triton.cdiv(cols, group_size)
-    sums = torch.empty(rows, groups, dtype=torch.int32, device=q.device)
+    sums = torch.empty(rows, groups, dtype=torch.int32 if q.dtype == torch.int8 else torch.float32, device=q.device)
     if rows:
         with torch.cuda.device_of(q):
             _sums_kernel[(rows * groups,)](

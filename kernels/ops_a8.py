@@ -1,4 +1,4 @@
-"""Matmuls with 8-bit activations, as torch custom operators `qzo::…`: int8 with weights of 2, 3, 4 or 8 bits, e4m3 with 2, 3 or 4.
+"""Matmuls with 8-bit activations, as torch custom operators `qzo::…`: int8 and e4m3, with weights of 2, 3, 4 or 8 bits.
 
 What each computes is defined in reference_a8.py. Triton is imported by the first call that needs it.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qzo_kernels import ops, reference_a8
 from qzo_kernels.checks import check_float, check_weight, require, weight_in
-from qzo_kernels.pack import tiled_words
+from qzo_kernels.pack import TILE, tiled_words
 
 _MOST = 1 << 16  # columns of an int8 row of one group: its sum stays in 31 bits
 
@@ -29,9 +29,11 @@ def _dtype_of(kind: str, device: torch.device) -> torch.dtype:
     return reference_a8.LARGEST[kind][0]
 
 
-def _check_group_size(group_size: int, cols: int) -> None:
+def _check_group_size(group_size: int, cols: int, kind: str = "") -> None:
     if group_size < 1 or (group_size < cols and group_size % 32):
         raise ValueError(f"group_size = {group_size}: 8-bit activations take multiples of 32, or whole rows ({cols} and up)")
+    if kind == "int8" and group_size >= cols > _MOST:
+        raise ValueError(f"group_size = {group_size}: one int8 group of {cols} columns; expected at most {_MOST}")
 
 
 def _check_rows(x: Tensor, kind: str) -> None:
@@ -72,8 +74,8 @@ def _check_unpack(codes: Tensor, zeros: Tensor | None, out: Tensor, bits: int, g
     _check_group_size(group_size, cols)
     if zeros is not None:
         require("zeros", zeros, torch.uint8, (rows, -(-cols // group_size)), codes, contiguous=False)
-    if bits == 8 and out.dtype != torch.int8:
-        raise ValueError("fp8: e4m3 does not hold codes of bits = 8 exactly; use int8")
+    if bits == 8 and out.dtype != torch.int8 and zeros is not None:
+        raise ValueError("zeros: given with e4m3 codes of 8 bits, which have none; expected None")
 
 
 @torch.library.custom_op("qzo::unpack", mutates_args=("out",))
@@ -107,9 +109,9 @@ def unpack(
     return out
 
 
-def _check_product(x, dtype, scales, bias) -> None:
+def _check_product(name: str, x, dtype, scales, bias) -> None:
     if not len(scales) or len(x) % len(scales):
-        raise ValueError(f"xq: {len(x)} rows; expected a multiple of the {len(scales)} variants of the scales")
+        raise ValueError(f"{name}: {len(x)} rows; expected a multiple of the {len(scales)} variants of the scales")
     if bias is not None:
         require("bias", bias, dtype, (scales.shape[1],), x)
 
@@ -121,21 +123,19 @@ def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums
         if tensor.dim() != dims:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}; expected {dims} dimensions")
     (rows, cols), n, variants = xq.shape, len(wq), len(scales)
-    _check_group_size(group_size, cols)
+    _check_group_size(group_size, cols, "int8" if xq.dtype == torch.int8 else "fp8")
     groups = -(-cols // group_size)
     require("xq", xq, xq.dtype, (rows, cols), xq)
     require("wq", wq, xq.dtype, (n, cols), xq)
     require("x_scale", x_scale, torch.float32, (rows,), xq)
     require("scales", scales, torch.float32, (variants, n, groups), xq)
-    _check_product(xq, dtype, scales, bias)
+    _check_product("xq", xq, dtype, scales, bias)
     if zeros is not None:
         require("zeros", zeros, torch.uint8, (n, groups), xq, contiguous=False)
         if xq.dtype != torch.int8:
             raise ValueError(f"zeros: given with xq of {xq.dtype}; they correct int8 products of 8-bit codes only")
     if xsums is not None:
         require("xsums", xsums, torch.int32, (rows, groups), xq)
-    if xq.dtype == torch.int8 and group_size >= cols > _MOST:
-        raise ValueError(f"group_size = {group_size}: one int8 group of {cols} columns; expected at most {_MOST}")
 
 
 @torch.library.custom_op("qzo::a8_matmul", mutates_args=())
@@ -167,34 +167,34 @@ def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=N
     return xq.new_empty(len(xq), len(wq), dtype=dtype)
 
 
-def takes_packed(kind: str, bits: int, group_size: int, cols: int) -> bool:
+def takes_packed(bits: int, group_size: int, cols: int) -> bool:
     """Whether the weights can go from their packed codes into the product."""
-    return kind == "int8" and bits in (4, 8) and (group_size % 128 == 0 or group_size >= cols)
+    return bits in (4, 8) and (group_size % TILE == 0 or group_size >= cols)
 
 
 @torch.library.custom_op("qzo::a8_packed", mutates_args=())
 def _a8_packed(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int, kind: str
 ) -> Tensor:
-    xq, x_scale = reference_a8.quantize_rows(x, "int8")
-    weight = codes.new_empty(codes.shape[0], x.shape[1], dtype=torch.int8)
+    xq, x_scale = reference_a8.quantize_rows(x, kind)
+    weight = codes.new_empty(codes.shape[0], x.shape[1], dtype=xq.dtype)
     reference_a8.unpack(codes, zeros, bits, group_size, weight)
     return reference_a8.a8_matmul(xq, x_scale, weight, scales, group_size, x.dtype, bias, zeros if bits == 8 else None)
 
 
 @_a8_packed.register_kernel("cuda")
-def _(x, codes, scales, zeros, bias, bits, group_size):
+def _(x, codes, scales, zeros, bias, bits, group_size, kind):
     from qzo_kernels.a8_packed import launch_a8_packed
     from qzo_kernels.a8_rows import launch_group_sums, launch_quantize_rows
 
-    xq, x_scale = launch_quantize_rows(x, "int8", bits)
+    xq, x_scale = launch_quantize_rows(x, kind, bits)
     # A group of whole rows spans the padding too, which is 0.
     sums = None if zeros is None else launch_group_sums(xq, group_size if group_size < x.shape[1] else xq.shape[1])
     return launch_a8_packed(xq, x_scale, codes, scales, bits, group_size, x.shape[1], x.dtype, bias, zeros, sums)
 
 
 @_a8_packed.register_fake
-def _(x, codes, scales, zeros, bias, bits, group_size):
+def _(x, codes, scales, zeros, bias, bits, group_size, kind):
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
@@ -205,19 +205,22 @@ def quant_matmul_a8(
     """y [..., N] of x's dtype with x rounded to 8 bits per row, weights as `ops.quant_matmul` has them.
 
     x [..., K]; its rows, flattened, are cut into V equal consecutive blocks, block v seeing variant v of `noise`. `zeros` None
-    says that all are 2^(bits - 1), which saves 8-bit codes a correction. scratch uint8: N·K bytes or more in which the 8-bit weight
-    may lie; allocated if not given. ValueError names what does not fit.
+    says that all are 2^(bits - 1). kind "int8", or "fp8" (e4m3), for which codes of 8 bits are e4m3 numbers themselves, without zeros.
+    scratch uint8: N·K bytes or more in which the 8-bit weight may lie where `takes_packed` says no; allocated if not given.
+    ValueError names what does not fit.
     """
     check_float("x", x.dtype)
     cols, rows = x.shape[-1], codes.shape[0]
     dtype = _dtype_of(kind, x.device)
     check_weight(codes, scales, zeros, bits, group_size, cols)
-    _check_group_size(group_size, cols)
+    _check_group_size(group_size, cols, kind)
+    if zeros is not None and bits == 8 and kind == "fp8":
+        raise ValueError("zeros: given with e4m3 codes of 8 bits, which have none; expected None")
     flat = x.reshape(-1, cols).contiguous()
     seen = scales[None] if noise is None else ops.perturb(scales, *noise)
-    if takes_packed(kind, bits, group_size, cols):
-        _check_product(flat, x.dtype, seen, bias)
-        return _a8_packed(flat, codes, seen, zeros, bias, bits, group_size).view(*x.shape[:-1], rows)
+    _check_product("x", flat, x.dtype, seen, bias)
+    if takes_packed(bits, group_size, cols):
+        return _a8_packed(flat, codes, seen, zeros, bias, bits, group_size, kind).view(*x.shape[:-1], rows)
     weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
     xq, x_scale = quantize_rows(flat, kind)
     weight = unpack(codes, zeros, bits, group_size, cols, kind, weight)

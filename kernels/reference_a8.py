@@ -25,12 +25,14 @@ def quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def unpack(codes: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor) -> None:
-    """Weights q - zero into `out` [N, K], int8 or e4m3: exact. For 8 bits q - 128, whatever the zeros.
+    """Weights q - zero into `out` [N, K], int8 or e4m3: exact. For 8 bits q - 128, whatever the zeros, or the e4m3 bytes q as they are.
 
     codes int32 [N, tiled_words(K, bits)]; zeros uint8 [N, G] (any strides), or None where all are 2^(bits - 1).
     """
     q = untile_codes(codes, bits, out.shape[1])
-    if zeros is None or bits == 8:
+    if bits == 8 and out.dtype != torch.int8:
+        out.copy_(q.to(torch.uint8).view(out.dtype))
+    elif zeros is None or bits == 8:
         out.copy_(q - (1 << (bits - 1)))
     else:
         out.copy_(q - _spread(zeros, group_size, q.shape[1]).to(torch.int16))
@@ -42,8 +44,9 @@ def _spread(grouped: Tensor, group_size: int, cols: int) -> Tensor:
 
 
 def group_sums(q: Tensor, group_size: int) -> Tensor:
-    """int32 [M, G] sums of int8 [M, K] over the groups of columns."""
-    return torch.stack([part.sum(1, dtype=torch.int32) for part in q.split(group_size, 1)], 1)
+    """[M, G] sums of [M, K] over the groups of columns: int32 of int8, f32 of e4m3."""
+    wide = q if q.dtype == torch.int8 else q.float()
+    return torch.stack([part.sum(1, dtype=torch.int32 if wide is q else None) for part in wide.split(group_size, 1)], 1)
 
 
 def a8_matmul(

@@ -1,5 +1,7 @@
 """Low-bit activations: rounding rows of x, unpacking weights, and the operators made of them and of the product."""
 
+from functools import partial
+
 import pytest
 import torch
 from a8_operands import COMPILED, DEVICE, KINDS, activations, distance, generator, operands, weight
@@ -69,29 +71,30 @@ WEIGHTS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits,rows,cols,group_size,which", WEIGHTS)
 def test_unpack_launcher_and_reference_are_the_difference(bits, rows, cols, group_size, which, kind):
-    """Exactly q - zero (q - 128 for 8 bits), and not a byte beyond the output."""
-    if bits == 8 and kind == "fp8":
-        kind = "int8"
-    dtype = reference_a8.LARGEST[kind][0]
-    codes, words, _, zeros = weight(bits, rows, cols, group_size, which)
+    """Exactly q - zero (q - 128 for 8 bits, or e4m3 bytes as they are), and not a byte beyond the output."""
+    dtype, bytewise = reference_a8.LARGEST[kind][0], bits == 8 and kind == "fp8"
+    codes, words, _, zeros = weight(bits, rows, cols, group_size, "none" if bytewise else which)
     group = torch.arange(cols, device=DEVICE) // group_size
     zero = 1 << (bits - 1) if bits == 8 or zeros is None else zeros[:, group].int()
-    expected = (codes.int() - zero).to(dtype)
+    expected = codes.view(dtype) if bytewise else (codes.int() - zero).to(dtype)
     around = torch.full((rows + 2, cols), 77, dtype=torch.uint8, device=DEVICE).view(dtype)
     launch_unpack(words, zeros, bits, group_size, cols, around[1:-1])
-    assert torch.equal(around[1:-1].float(), expected.float())
+    assert torch.equal(around[1:-1].view(torch.uint8), expected.view(torch.uint8))
     assert bool((around.view(torch.uint8)[[0, -1]] == 77).all())
     out = torch.empty_like(expected)
     reference_a8.unpack(words, zeros, bits, group_size, out)
-    assert torch.equal(out.float(), expected.float())
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("rows,cols,group_size", [(1, 1, 1), (17, 172, 32), (3, 257, 64), (5, 5000, 1 << 20)])
 def test_group_sums(rows, cols, group_size):
     q = torch.randint(-127, 128, (rows, cols), generator=generator(cols), dtype=torch.int8).to(DEVICE)
     expected = torch.stack([part.long().sum(1) for part in q.split(group_size, 1)], 1)
-    for found in (launch_group_sums(q, group_size), reference_a8.group_sums(q, group_size)):
+    small = (q // 8).to(torch.float8_e4m3fn)
+    for sums in (launch_group_sums, reference_a8.group_sums):
+        found = sums(q, group_size)
         assert found.dtype == torch.int32 and torch.equal(found.long(), expected)
+        assert torch.equal(sums(small, group_size), torch.stack([part.float().sum(1) for part in small.split(group_size, 1)], 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,8 +162,9 @@ def test_bad_arguments_of_the_product_are_named(name, value, message):
 def test_other_bad_arguments_are_named(monkeypatch):
     _, words, scales, zeros = weight(8, 17, 64, 32, "each")
     x = activations(3, 64)
-    with pytest.raises(ValueError, match="fp8: e4m3 does not hold codes of bits = 8"):
-        ops_a8.unpack(words, None, 8, 32, 64, "fp8" if "fp8" in KINDS else pytest.fail("needs e4m3"))
+    for call in (partial(ops_a8.unpack, words, zeros, 8, 32, 64), partial(ops_a8.quant_matmul_a8, x, words, scales, zeros, 8, 32)):
+        with pytest.raises(ValueError, match="zeros: given with e4m3 codes of 8 bits"):
+            call("fp8")
     with pytest.raises(ValueError, match="kind = 'int4'"):
         ops_a8.quant_matmul_a8(x, words, scales, zeros, 8, 32, "int4")
     with pytest.raises(ValueError, match="scratch: torch.uint8 of 7 "):
