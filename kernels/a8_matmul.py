@@ -16,18 +16,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tile(NamedTuple):
-    """Launch settings: `rows` of the weight × `parts` products of `columns` rows of x; `order` tiles of weights share the L2."""
+    """Launch settings: `rows` of the weight × `columns` rows of x; `order` tiles of weights share the L2."""
 
     rows: int
     columns: int
-    parts: int
     warps: int
     stages: int
     order: int = 8
 
 
 # By the rows of x per variant from which a tile is taken. Measured on an H200.
-TILES = {2048: Tile(128, 128, 1, 8, 4), 128: Tile(64, 128, 1, 4, 4), 64: Tile(64, 64, 1, 4, 4), 32: Tile(64, 32, 1, 4, 4), 0: Tile(64, 16, 1, 4, 4)}
+TILES = {2048: Tile(128, 128, 8, 4), 128: Tile(64, 128, 4, 4), 64: Tile(64, 64, 4, 4), 32: Tile(64, 32, 4, 4), 0: Tile(64, 16, 4, 4)}
 
 
 @triton.jit
@@ -48,77 +47,41 @@ def _correction(p_zeros, p_sums, n, m, group, wanted, end, groups, stride_zn, st
 
 
 @triton.jit
-def _add(
-    acc, w, d_x, p_zeros, p_sums, row, k, scale, n, N, end, groups, stride_zn, stride_zg,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr,
+def _a8_kernel(
+    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
+    OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    x = d_x.load([row, k]).T
-    if WHOLE:
-        acc = tl.dot(w, x, acc, out_dtype=OUT)
-    else:
-        product = tl.dot(w, x, out_dtype=OUT)
-        if ASYM:
-            m = row + tl.arange(0, COLUMNS)
-            wanted = (n < N) & (k % GROUP == 0)
-            product += _correction(p_zeros, p_sums, n, m, k // GROUP, wanted, end, groups, stride_zn, stride_zg)
-        acc += product.to(tl.float32) * scale[:, None]
-    return acc
-
-
-@triton.jit
-def _store(
-    acc, p_y, p_x_scale, p_scale, p_bias, p_zeros, p_sums, row, n, N, end, groups, stride_zn, stride_zg,
-    COLUMNS: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    wide = tl.cdiv(rows, COLUMNS)
+    down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
+    variant = along // wide
+    row = variant * rows + along % wide * COLUMNS
+    end = (variant + 1) * rows
+    n = down * ROWS + tl.arange(0, ROWS)
     m = row + tl.arange(0, COLUMNS)
+    p_scale = p_scales + (variant.to(tl.int64) * N + tl.minimum(n, N - 1)) * groups
+    acc = tl.zeros((ROWS, COLUMNS), OUT if WHOLE else tl.float32)
+    for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+        w = d_w.load([down * ROWS, k])
+        x = d_x.load([row, k]).T
+        if WHOLE:
+            acc = tl.dot(w, x, acc, out_dtype=OUT)
+        else:
+            product = tl.dot(w, x, out_dtype=OUT)
+            if ASYM:
+                wanted = (n < N) & (k % GROUP == 0)
+                product += _correction(p_zeros, p_sums, n, m, k // GROUP, wanted, end, groups, stride_zn, stride_zg)
+            acc += product.to(tl.float32) * tl.load(p_scale + k // GROUP)[:, None]
     if WHOLE and ASYM:
         acc += _correction(p_zeros, p_sums, n, m, 0, n < N, end, groups, stride_zn, stride_zg)
     y = acc.to(tl.float32)
     if WHOLE:
-        y *= tl.load(p_scale, mask=n < N, other=0)[:, None]
+        y *= tl.load(p_scale)[:, None]
     y *= tl.load(p_x_scale + m, mask=m < end, other=0)[None, :]
     if BIAS:
         y += tl.load(p_bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
     mask = (n < N)[:, None] & (m < end)[None, :]
     tl.store(p_y + m.to(tl.int64)[None, :] * N + n[:, None], y.to(p_y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _a8_kernel(
-    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    ORDER: tl.constexpr, OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    wide = tl.cdiv(rows, COLUMNS * PARTS)
-    down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
-    variant = along // wide
-    row = variant * rows + along % wide * (COLUMNS * PARTS)
-    end = (variant + 1) * rows
-    n = down * ROWS + tl.arange(0, ROWS)
-    p_scale = p_scales + (variant.to(tl.int64) * N + tl.minimum(n, N - 1)) * groups
-    a = tl.zeros((ROWS, COLUMNS), OUT if WHOLE else tl.float32)
-    b = tl.zeros((ROWS, COLUMNS), OUT if WHOLE else tl.float32)
-    for k in tl.range(0, K, DEPTH, num_stages=STAGES):
-        w = d_w.load([down * ROWS, k])
-        scale = tl.load(p_scale + k // GROUP)
-        a = _add(
-            a, w, d_x, p_zeros, p_sums, row, k, scale, n, N, end, groups, stride_zn, stride_zg,
-            GROUP, COLUMNS, OUT, ASYM, WHOLE,
-        )  # fmt: skip
-        if PARTS == 2:
-            b = _add(
-                b, w, d_x, p_zeros, p_sums, row + COLUMNS, k, scale, n, N, end, groups, stride_zn, stride_zg,
-                GROUP, COLUMNS, OUT, ASYM, WHOLE,
-            )  # fmt: skip
-    _store(
-        a, p_y, p_x_scale, p_scale, p_bias, p_zeros, p_sums, row, n, N, end, groups, stride_zn, stride_zg,
-        COLUMNS, ASYM, WHOLE, BIAS,
-    )  # fmt: skip
-    if PARTS == 2:
-        _store(
-            b, p_y, p_x_scale, p_scale, p_bias, p_zeros, p_sums, row + COLUMNS, n, N, end, groups, stride_zn, stride_zg,
-            COLUMNS, ASYM, WHOLE, BIAS,
-        )  # fmt: skip
 
 
 def choose_tile(rows: int) -> Tile:
@@ -145,7 +108,7 @@ def launch_a8_matmul(
         return y
     rows, one = count // variants, group_size >= depth
     tile = tile or choose_tile(rows)
-    grid = (-(-n // tile.rows) * -(-rows // (tile.columns * tile.parts)) * variants,)
+    grid = (-(-n // tile.rows) * -(-rows // tile.columns) * variants,)
     step = 128 if one else math.gcd(group_size, 128)
     xq, wq = _aligned(xq), _aligned(wq)
     with torch.cuda.device_of(xq):
@@ -153,7 +116,7 @@ def launch_a8_matmul(
             TensorDescriptor.from_tensor(xq, [tile.columns, step]), TensorDescriptor.from_tensor(wq, [tile.rows, step]),
             y, x_scale, scales, bias, zeros, sums,
             rows, variants, n, depth, scales.shape[2], *((0, 0) if zeros is None else zeros.stride()),
-            GROUP=1 << 30 if one else group_size, ROWS=tile.rows, COLUMNS=tile.columns, PARTS=tile.parts,
+            GROUP=1 << 30 if one else group_size, ROWS=tile.rows, COLUMNS=tile.columns,
             DEPTH=step, STAGES=tile.stages, ORDER=tile.order, OUT=tl.int32 if xq.dtype == torch.int8 else tl.float32,
             ASYM=zeros is not None, WHOLE=one and xq.dtype == torch.int8, BIAS=bias is not None, num_warps=tile.warps,
         )  # fmt: skip

@@ -13,7 +13,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qzo_kernels.a8_matmul import place
+from qzo_kernels.a8_rows import launch_group_sums
 from qzo_kernels.pack import TILE
+from qzo_kernels.perturb import launch_perturb
 
 
 _FACTOR = {(False, 4): 0.0625, (False, 8): 1.0, (True, 4): 512.0, (True, 8): 1.0}  # by (fp8, bits): over what the product is of
@@ -88,38 +90,34 @@ def _zero_part(p_zeros, p_sums, held, m, end, group, groups, stride_zn, stride_z
 
 
 @triton.jit
-def _packed_kernel(
-    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg, factor,
-    BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    ORDER: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr,
+def _add(
+    acc, w, d_x, scale, p_zeros, p_sums, held, row, end, block, groups, stride_zn, stride_zg,
+    BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, ASYM: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    OUT: tl.constexpr = tl.float32 if FP8 else tl.int32
-    wide = tl.cdiv(rows, COLUMNS)
-    down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
-    variant = along // wide
-    row = variant * rows + along % wide * COLUMNS
-    end = (variant + 1) * rows
-    n = down * ROWS + tl.arange(0, ROWS)
+    """The block's product with the rows of x from `row` on, added to acc [n, m]."""
+    x = d_x.load([row, block * 128]).T
+    if WHOLE:
+        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+    else:
+        product = tl.dot(w, x, out_dtype=tl.float32 if FP8 else tl.int32)
+        if ASYM:
+            if block * 128 % GROUP == 0:
+                m = row + tl.arange(0, COLUMNS)
+                product += _zero_part(p_zeros, p_sums, held, m, end, block * 128 // GROUP, groups, stride_zn, stride_zg, BITS, FP8)
+        acc += product.to(tl.float32) * scale[:, None]
+    return acc
+
+
+@triton.jit
+def _store(
+    acc, p_y, p_x_scale, p_bias, scale, p_zeros, p_sums, n, N, held, row, end, groups, stride_zn, stride_zg, factor,
+    BITS: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
     m = row + tl.arange(0, COLUMNS)
-    held = tl.minimum(n, N - 1)
-    p_scale = p_scales + (variant.to(tl.int64) * N + held) * groups
-    acc = tl.zeros((ROWS, COLUMNS), tl.int32 if WHOLE else tl.float32)
-    for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
-        w = _weights(d_w, down * ROWS, block, BITS, ROWS, FP8, ASM)
-        x = d_x.load([row, block * 128]).T
-        if WHOLE:
-            acc = tl.dot(w, x, acc, out_dtype=OUT)
-        else:
-            group = block * 128 // GROUP
-            product = tl.dot(w, x, out_dtype=OUT)
-            if ASYM:
-                if block * 128 % GROUP == 0:
-                    product += _zero_part(p_zeros, p_sums, held, m, end, group, groups, stride_zn, stride_zg, BITS, FP8)
-            acc += product.to(tl.float32) * tl.load(p_scale + group)[:, None]
     if WHOLE:
         if ASYM:
             acc += _zero_part(p_zeros, p_sums, held, m, end, 0, groups, stride_zn, stride_zg, BITS, FP8)
-        y = acc.to(tl.float32) * tl.load(p_scale)[:, None]
+        y = acc.to(tl.float32) * scale[:, None]
     else:
         y = acc
     y *= (tl.load(p_x_scale + m, mask=m < end, other=0) * factor)[None, :]
@@ -129,43 +127,105 @@ def _packed_kernel(
     tl.store(p_y + m.to(tl.int64)[None, :] * N + n[:, None], y.to(p_y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _packed_kernel(
+    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums,
+    rows, variants, N, K, groups, stride_zn, stride_zg, factor,
+    BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, ORDER: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    wide = tl.cdiv(rows, COLUMNS * PARTS)
+    down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
+    variant = along // wide
+    row = variant * rows + along % wide * (COLUMNS * PARTS)
+    end = (variant + 1) * rows
+    n = down * ROWS + tl.arange(0, ROWS)
+    held = tl.minimum(n, N - 1)
+    p_scale = p_scales + (variant.to(tl.int64) * N + held) * groups
+    a = tl.zeros((ROWS, COLUMNS), tl.int32 if WHOLE else tl.float32)
+    b = a
+    scale = tl.zeros((ROWS,), tl.float32)
+    if WHOLE:
+        scale = tl.load(p_scale)
+    for block in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+        w = _weights(d_w, down * ROWS, block, BITS, ROWS, FP8, ASM)
+        if not WHOLE:
+            scale = tl.load(p_scale + block * 128 // GROUP)
+        a = _add(a, w, d_x, scale, p_zeros, p_sums, held, row, end, block, groups, stride_zn, stride_zg, BITS, GROUP, WHOLE, COLUMNS, ASYM, FP8)
+        if PARTS == 2:
+            b = _add(
+                b, w, d_x, scale, p_zeros, p_sums, held, row + COLUMNS, end, block, groups, stride_zn, stride_zg,
+                BITS, GROUP, WHOLE, COLUMNS, ASYM, FP8,
+            )  # fmt: skip
+    _store(
+        a, p_y, p_x_scale, p_bias, scale, p_zeros, p_sums, n, N, held, row, end, groups, stride_zn, stride_zg, factor,
+        BITS, WHOLE, COLUMNS, ASYM, BIAS, FP8,
+    )  # fmt: skip
+    if PARTS == 2:
+        _store(
+            b, p_y, p_x_scale, p_bias, scale, p_zeros, p_sums, n, N, held, row + COLUMNS, end, groups, stride_zn, stride_zg, factor,
+            BITS, WHOLE, COLUMNS, ASYM, BIAS, FP8,
+        )  # fmt: skip
+
+
 class Tile(NamedTuple):
-    """Launch settings: `rows` of the weight (64 per four warps) × `columns` rows of x; `order` tiles of weights share the L2."""
+    """Launch settings: `parts` products of `columns` rows of x with 64 rows of the weight per four warps.
+
+    `order` tiles of weights share the L2.
+    """
 
     columns: int
+    parts: int
     warps: int
     stages: int
-    order: int = 8
+    order: int = 16
 
 
-# By the rows of x per variant from which a tile is taken. Measured on an H200.
-TILES = {128: Tile(128, 4, 3), 64: Tile(64, 4, 4), 32: Tile(32, 4, 4), 0: Tile(16, 4, 4)}
+# By the rows of x per variant from which a tile is taken, and the one for many such tiles. Measured on an H200.
+TILES = {128: Tile(128, 1, 4, 3, 64), 64: Tile(64, 1, 4, 4), 32: Tile(32, 1, 4, 4), 0: Tile(16, 1, 4, 4)}
+_WIDE = Tile(128, 2, 4, 3)
+_MANY = 1000  # tiles of _WIDE, two on a multiprocessor: enough that the last round of them does not matter
+
+
+def choose_tile(rows: int, n: int, variants: int) -> Tile:
+    """The launch for `rows` rows of x in each of the variants and n rows of the weight."""
+    if -(-n // 64) * (rows // 256) * variants >= _MANY:
+        return _WIDE
+    return next(tile for least, tile in TILES.items() if rows >= least)
 
 
 def launch_a8_packed(
-    xq: Tensor, x_scale: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int, cols: int, dtype: torch.dtype,
-    bias: Tensor | None = None, zeros: Tensor | None = None, sums: Tensor | None = None, tile: Tile | None = None,
+    xq: Tensor, x_scale: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int,
+    dtype: torch.dtype, bias: Tensor | None = None, noise=None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """`reference_a8.a8_matmul` of xq [M, whole blocks], int8 or e4m3, from launch_quantize_rows(…, order=bits) with packed codes.
+    """y [M, N] of xq [M, whole blocks] and x_scale [M] from launch_quantize_rows(…, order=bits): `ops_a8.quant_matmul_a8`'s product.
 
-    Codes of 8 bits that meet e4m3 are e4m3 themselves. scales f32 [V, N, G] as forwards see them, group_size a multiple of 128 or at
-    least K; zeros uint8 [N, G] with sums [M, G] of xq over the groups, or None: 2**(bits − 1).
+    codes, scales f32 [N, G], zeros and `noise` as there, group_size a multiple of 128 or at least `cols`; ValueError for others.
     """
-    variants, n, groups = scales.shape
-    rows, fp8 = len(xq) // variants, xq.dtype != torch.int8
+    if group_size < cols and group_size % TILE:
+        raise ValueError(f"group_size = {group_size}: packed codes meet 8-bit rows in groups of multiples of {TILE}, or whole rows")
+    (n, groups), fp8 = scales.shape, xq.dtype != torch.int8
+    variants = 1 if noise is None else len(noise.eps)
+    rows = len(xq) // variants
     y = torch.empty(len(xq), n, dtype=dtype, device=xq.device)
     if not y.numel():
         return y
-    tile = tile or next(tile for least, tile in TILES.items() if rows >= least)
+    if noise is not None:
+        # Signs made in the kernel would take the registers of its third program on a multiprocessor.
+        scales = launch_perturb(scales, *noise)
+    # A group of whole rows spans the padding too, which is 0.
+    sums = None if zeros is None else launch_group_sums(xq, group_size if group_size < cols else xq.shape[1])
+    tile = tile or choose_tile(rows, n, variants)
     tall = 64 * tile.warps // 4
-    grid = (-(-n // tall) * -(-rows // tile.columns) * variants,)
+    grid = (-(-n // tall) * -(-rows // (tile.columns * tile.parts)) * variants,)
     with torch.cuda.device_of(xq):
         _packed_kernel[grid](
             TensorDescriptor.from_tensor(xq, [tile.columns, TILE]), TensorDescriptor.from_tensor(codes, [tall, 4 * bits]),
             y, x_scale, scales, bias, zeros, sums,
             rows, variants, n, cols, groups, *((0, 0) if zeros is None else zeros.stride()), _FACTOR[fp8, bits],
             BITS=bits, GROUP=min(group_size, 1 << 30), WHOLE=group_size >= cols and not fp8, ROWS=tall, COLUMNS=tile.columns,
-            STAGES=tile.stages, ORDER=tile.order, ASYM=zeros is not None, BIAS=bias is not None, FP8=fp8, ASM=xq.is_cuda,
-            num_warps=tile.warps,
+            PARTS=tile.parts, STAGES=tile.stages, ORDER=tile.order, ASYM=zeros is not None,
+            BIAS=bias is not None, FP8=fp8, ASM=xq.is_cuda, num_warps=tile.warps,
         )  # fmt: skip
     return y

@@ -90,7 +90,7 @@ def launch_quantize_rows(x: Tensor, kind: str, order: int = 0) -> tuple[Tensor, 
         with torch.cuda.device_of(x):
             _quantize_kernel[(rows,)](
                 q, scale, x, cols, width, LARGEST=largest, WIDTH=held, CHUNKS=triton.cdiv(cols, held), ORDER=order,
-                num_warps=max(1, min(8, held // 512)), enable_fp_fusion=False,
+                num_warps=max(1, min(4, held // 512)), enable_fp_fusion=False,
             )  # fmt: skip
     return q, scale
 

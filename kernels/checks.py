@@ -67,6 +67,20 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name}: {dtype}; expected float32, bfloat16 or float16")
 
 
+def check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian) -> None:
+    """x [M, K] with a weight, a bias and noise (state None: without), as `quant_matmul` takes them."""
+    if x.dim() != 2 or x.device != codes.device:
+        raise ValueError(f"x: shape {tuple(x.shape)} on {x.device}; expected [rows, columns] on {codes.device}")
+    check_float("x", x.dtype)
+    check_weight(codes, scales, zeros, bits, group_size, x.shape[1])
+    if bias is not None:
+        require("bias", bias, x.dtype, (codes.shape[0],), x)
+    if state is not None:
+        check_noise(scales, state, eps, uid, gaussian)
+        if x.shape[0] % len(eps):
+            raise ValueError(f"x: {x.shape[0]} rows; expected a multiple of the {len(eps)} variants of the noise")
+
+
 def weight_in(scratch: Tensor, dtype: torch.dtype, shape: tuple[int, int], like: Tensor) -> Tensor:
     """The beginning of `scratch` uint8 as a weight of this dtype and shape, beside `like`."""
     size = shape[0] * shape[1] * dtype.itemsize

@@ -23,17 +23,19 @@ class Config(NamedTuple):
     stages: int
 
 
-# For up to so many rows of x: tile, programs to reach by splitting K, warps, stages.
+# For up to so many rows of x: tile, programs to reach by splitting K (below _LONG blocks of 128 columns; from there), warps, stages.
 # Measured on an H200 (scripts/bench_kernels); beyond the last line dequantizing and a dense product are faster.
 _HOPPER = (
-    (16, 128, 16, 320, 4, 4),
-    (32, 64, 32, 264, 4, 4),
-    (64, 64, 64, 264, 4, 3),
-    (384, 64, 128, 330, 4, 3),
+    (16, 128, 16, 320, 640, 4, 4),
+    (32, 64, 32, 264, 264, 4, 4),
+    (64, 64, 64, 264, 264, 4, 3),
+    (384, 64, 128, 330, 480, 4, 3),
 )
+_LONG = 80
 _SPLITS = 8  # of K, at most
 _SLOTS = 16  # variants of a tile, at most: a thread holds the signs of all of them for its two rows of the weight
-_FILLED = 200  # programs of tiles of 128 rows that fill the device; with fewer, tiles of 64 rows
+_NARROW = 8192  # up to so many rows of the weight, tiles of 64 of them: 128 leave multiprocessors without one
+_FILLED = 200  # programs of tiles of 128 rows of x that fill the device; with fewer, and K short, tiles of 64 rows
 
 
 def _row(rows: int) -> tuple | None:
@@ -67,7 +69,9 @@ def config_of(x: Tensor, rows: int, noise) -> Config:
     per_variant = len(x) // variants
     # A tile takes several small variants: as many as have slots, or else a pair.
     shared = min(variants, _SLOTS) if per_variant & (per_variant - 1) == 0 else min(variants, 2)
-    _, rows_n, rows_m, programs, warps, stages = _row(per_variant * shared) or _HOPPER[-1]
+    _, rows_n, rows_m, short, long, warps, stages = _row(per_variant * shared) or _HOPPER[-1]
+    if rows <= _NARROW:
+        rows_n = 64
 
     def tiles() -> int:
         if slots_of(per_variant, variants, rows_m) > 1:
@@ -75,6 +79,8 @@ def config_of(x: Tensor, rows: int, noise) -> Config:
         pairs = 2 * per_variant <= rows_m
         return -(-rows // rows_n) * (-(-variants // 2) if pairs else variants * -(-per_variant // rows_m))
 
-    if rows_m == 128 and tiles() < _FILLED:
-        rows_m = 64
+    far = x.shape[1] >= _LONG * TILE
+    programs = long if far else short
+    if rows_m == 128 and tiles() < _FILLED and (not far or slots_of(per_variant, variants, rows_m) > 1):
+        rows_m, programs = 64, short * (1 + far)
     return Config(rows_n, rows_m, max(1, min(_SPLITS, programs // tiles())), warps, stages)

@@ -26,26 +26,6 @@ def _load_plane(codes, tile_n, block, FIRST: tl.constexpr, B: tl.constexpr, BITS
 
 
 @triton.jit
-def _signs(p_state, p_eps, n, variant, groups, uid, floor):
-    """A variant's Rademacher signs for up to 128 groups, four words [len(n)], its eps, and the floor: none for eps = 0."""
-    p_state += variant * 3
-    block = n * tl.cdiv(groups, 128) + variant * 0
-    w0, w1, w2, w3 = noise_functions.words(tl.load(p_state), block, uid, tl.load(p_state + 1), tl.load(p_state + 2), 0)
-    eps = tl.load(p_eps + variant)
-    return w0, w1, w2, w3, eps, tl.where(eps == 0.0, float("-inf"), floor)
-
-
-@triton.jit
-def _seen(scale, w0, w1, w2, w3, group, eps, floor, RELATIVE: tl.constexpr):
-    """Scales [N] of one group as a variant sees them: `noise.moved` with the sign set by one bit; floor -inf for eps = 0."""
-    word = tl.where(group < 64, tl.where(group < 32, w0, w1), tl.where(group < 96, w2, w3))
-    bit = (word << (31 - group % 32).to(tl.uint32)) & 0x80000000
-    step = (bit ^ (-eps).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-    m = scale * (1.0 + step) if RELATIVE else scale + step
-    return tl.where(m < floor, floor, m)
-
-
-@triton.jit
 def _tile(R, V, BM: tl.constexpr, PAIR: tl.constexpr, SPLITS: tl.constexpr):
     """(tile of weights, tile of x, tiles of x, split of K, first variant, its first row) of this program."""
     tiles_r = tl.cdiv(R, BM)
@@ -61,7 +41,7 @@ def _matmul_kernel(
     rows_of_x, codes, third_bits, p_y, p_scales, p_zeros, p_bias, p_state, p_eps, p_partial, p_ticket,
     R, V, N, K, groups, stride_zn, stride_zg, uid, floor, blocks_per_split, variants,
     BITS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    PAIR: tl.constexpr, SPLITS: tl.constexpr, NOISE: tl.constexpr, RELATIVE: tl.constexpr, BIAS: tl.constexpr,
+    PAIR: tl.constexpr, SPLITS: tl.constexpr, NOISE: tl.constexpr, SIGNS: tl.constexpr, RELATIVE: tl.constexpr, BIAS: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile_n, tile_m, tiles_m, split, a, row = _tile(R, V, BM, PAIR, SPLITS)
@@ -72,11 +52,11 @@ def _matmul_kernel(
     p_scales_b = p_scales_a
     if SLOTS > 1:
         inside = tl.minimum(row // (BM // SLOTS) + tl.arange(0, SLOTS), variants - 1)[None, :]
-        a0, a1, a2, a3, eps_a, floor_a = _signs(p_state, p_eps, n[:, None], inside, groups, uid, floor)
+        a0, a1, a2, a3, eps_a, floor_a = noise_functions.row_signs(p_state, p_eps, n[:, None], inside, groups, uid, floor)
     elif NOISE == 1:
-        a0, a1, a2, a3, eps_a, floor_a = _signs(p_state, p_eps, n, a, groups, uid, floor)
+        a0, a1, a2, a3, eps_a, floor_a = noise_functions.row_signs(p_state, p_eps, n, a, groups, uid, floor)
         if PAIR:
-            b0, b1, b2, b3, eps_b, floor_b = _signs(p_state, p_eps, n, b, groups, uid, floor)
+            b0, b1, b2, b3, eps_b, floor_b = noise_functions.row_signs(p_state, p_eps, n, b, groups, uid, floor)
     if NOISE == 2:
         p_scales_b += tl.cast(N * groups, tl.int64) * b
         p_scales_a += tl.cast(N * groups, tl.int64) * a
@@ -103,14 +83,14 @@ def _matmul_kernel(
             if PAIR:
                 s_b = tl.load(p_scales_b + group) if NOISE == 2 else s_a
                 if NOISE == 1:
-                    s_b = _seen(s_b, b0, b1, b2, b3, group, eps_b, floor_b, RELATIVE)
+                    s_b = noise_functions.seen(s_b, b0, b1, b2, b3, group, eps_b, floor_b, RELATIVE, SIGNS)
                 acc_b += tl.dot(q, rows_of_x.load([b * R + row, k]).T) * s_b[:, None]
             if SLOTS > 1:
-                seen = _seen(s_a[:, None], a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE)
+                seen = noise_functions.seen(s_a[:, None], a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE, SIGNS)
                 acc_a += product * tl.reshape(tl.broadcast_to(seen[:, :, None], (BN, SLOTS, BM // SLOTS)), (BN, BM))
             else:
                 if NOISE == 1:
-                    s_a = _seen(s_a, a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE)
+                    s_a = noise_functions.seen(s_a, a0, a1, a2, a3, group, eps_a, floor_a, RELATIVE, SIGNS)
                 acc_a += product * s_a[:, None]
     tile = tile_n * tiles_m + tile_m
     _write(p_y, p_bias, p_partial, p_ticket, acc_a, acc_b, R, V, N, n, a, row, tile, split, BM, PAIR, SPLITS, BIAS)
@@ -226,7 +206,7 @@ def launch_matmul(
             each, count, rows, cols, groups, *((0, 0) if zeros is None else zeros.stride()),
             noise_functions.signed(uid), floor, per_split, variants,
             BITS=bits, SLOTS=slots, GROUP=0 if group_size >= cols else group_size, PART=part, ZERO=1 << (bits - 1) if zeros is None else -1,
-            BN=config.rows_n, BM=height, PAIR=pair, SPLITS=splits, NOISE=mode, RELATIVE=relative, BIAS=bias is not None,
+            BN=config.rows_n, BM=height, PAIR=pair, SPLITS=splits, NOISE=mode, SIGNS=32 if groups <= 32 else 64 if groups <= 64 else 128, RELATIVE=relative, BIAS=bias is not None,
             DTYPE=_DTYPES[x.dtype], ASM=x.is_cuda, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return y

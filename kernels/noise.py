@@ -45,6 +45,31 @@ def moved(v, z, eps, floor, RELATIVE: tl.constexpr):
     return tl.where(eps == 0.0, v, m)
 
 
+@triton.jit
+def row_signs(p_state, p_eps, n, variant, groups, uid, floor):
+    """A variant's Rademacher signs for up to 128 groups, four words [len(n)], its eps, and the floor: none for eps = 0."""
+    p_state += variant * 3
+    block = n * tl.cdiv(groups, 128) + variant * 0
+    w0, w1, w2, w3 = words(tl.load(p_state), block, uid, tl.load(p_state + 1), tl.load(p_state + 2), 0)
+    eps = tl.load(p_eps + variant)
+    return w0, w1, w2, w3, eps, tl.where(eps == 0.0, float("-inf"), floor)
+
+
+@triton.jit
+def seen(scale, w0, w1, w2, w3, group, eps, floor, RELATIVE: tl.constexpr, GROUPS: tl.constexpr = 128):
+    """Scales of one of up to GROUPS groups as a variant sees them: `moved` with the sign set by one bit; floor -inf for eps = 0."""
+    if GROUPS <= 32:
+        word = w0
+    elif GROUPS <= 64:
+        word = tl.where(group < 32, w0, w1)
+    else:
+        word = tl.where(group < 64, tl.where(group < 32, w0, w1), tl.where(group < 96, w2, w3))
+    bit = (word << (31 - group % 32).to(tl.uint32)) & 0x80000000
+    step = (bit ^ (-eps).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    m = scale * (1.0 + step) if RELATIVE else scale + step
+    return tl.where(m < floor, floor, m)
+
+
 def signed(uid: int) -> int:
     """The same 32 bits as an int32: Triton types an argument by its value, and 2³¹ would compile a second kernel."""
     return uid - (1 << 32) if uid >> 31 else uid

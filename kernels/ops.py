@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qzo_kernels import reference
-from qzo_kernels.checks import check_float, check_noise, check_update, check_weight, require, weight_in
+from qzo_kernels.checks import check_float, check_matmul, check_noise, check_update, check_weight, require, weight_in
 from qzo_kernels.dispatch import ROUTES, config_of, route_of
 
 
@@ -126,32 +126,19 @@ def dequantize(
     return out
 
 
-def _check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian) -> None:
-    if x.dim() != 2 or x.device != codes.device:
-        raise ValueError(f"x: shape {tuple(x.shape)} on {x.device}; expected [rows, columns] on {codes.device}")
-    check_float("x", x.dtype)
-    check_weight(codes, scales, zeros, bits, group_size, x.shape[1])
-    if bias is not None:
-        require("bias", bias, x.dtype, (codes.shape[0],), x)
-    if state is not None:
-        check_noise(scales, state, eps, uid, gaussian)
-        if x.shape[0] % len(eps):
-            raise ValueError(f"x: {x.shape[0]} rows; expected a multiple of the {len(eps)} variants of the noise")
-
-
 @torch.library.custom_op("qzo::fused_matmul", mutates_args=())
 def _fused_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, state: Tensor | None, eps: Tensor | None,
     bits: int, group_size: int, uid: int, floor: float, relative: bool, gaussian: bool,
 ) -> Tensor:  # fmt: skip
-    _check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian)
+    check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian)
     seen = scales[None] if state is None else reference.perturb(scales, state, eps, uid, floor, relative, gaussian)
     return reference.quant_matmul(x, codes, seen, zeros, bits, group_size, bias)
 
 
 @_fused_matmul.register_kernel("cuda")
 def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, floor, relative, gaussian):
-    _check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian)
+    check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian)
     from qzo_kernels.matmul import launch_matmul
 
     noise = None if state is None else Noise(state, eps, uid, floor, relative, gaussian)
@@ -183,7 +170,7 @@ def quant_matmul(
     """
     flat = x.reshape(-1, x.shape[-1])
     state, eps, *rest = noise or (*_QUIET, 0, 0.0, False, False)
-    _check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3])
+    check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3])
     route = route or route_of(flat, bits, group_size, noise)
     if route not in ROUTES:
         raise ValueError(f"route: {route!r}; expected one of {ROUTES}")

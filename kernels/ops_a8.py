@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qzo_kernels import ops, reference_a8
-from qzo_kernels.checks import check_float, check_weight, require, weight_in
+from qzo_kernels.checks import check_float, check_matmul, require, weight_in
 from qzo_kernels.pack import TILE, tiled_words
 
 _MOST = 1 << 16  # columns of an int8 row of one group: its sum stays in 31 bits
@@ -109,13 +109,6 @@ def unpack(
     return out
 
 
-def _check_product(name: str, x, dtype, scales, bias) -> None:
-    if not len(scales) or len(x) % len(scales):
-        raise ValueError(f"{name}: {len(x)} rows; expected a multiple of the {len(scales)} variants of the scales")
-    if bias is not None:
-        require("bias", bias, dtype, (scales.shape[1],), x)
-
-
 def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums) -> None:
     check_float("dtype", dtype)
     _check_kind("xq", xq.dtype, xq.device)
@@ -129,7 +122,10 @@ def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums
     require("wq", wq, xq.dtype, (n, cols), xq)
     require("x_scale", x_scale, torch.float32, (rows,), xq)
     require("scales", scales, torch.float32, (variants, n, groups), xq)
-    _check_product("xq", xq, dtype, scales, bias)
+    if not variants or rows % variants:
+        raise ValueError(f"xq: {rows} rows; expected a multiple of the {variants} variants of the scales")
+    if bias is not None:
+        require("bias", bias, dtype, (n,), xq)
     if zeros is not None:
         require("zeros", zeros, torch.uint8, (n, groups), xq, contiguous=False)
         if xq.dtype != torch.int8:
@@ -174,28 +170,34 @@ def takes_packed(bits: int, group_size: int, cols: int) -> bool:
 
 @torch.library.custom_op("qzo::a8_packed", mutates_args=())
 def _a8_packed(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int, kind: str
-) -> Tensor:
-    xq, x_scale = reference_a8.quantize_rows(x, kind)
-    weight = codes.new_empty(codes.shape[0], x.shape[1], dtype=xq.dtype)
-    reference_a8.unpack(codes, zeros, bits, group_size, weight)
-    return reference_a8.a8_matmul(xq, x_scale, weight, scales, group_size, x.dtype, bias, zeros if bits == 8 else None)
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, state: Tensor | None, eps: Tensor | None,
+    bits: int, group_size: int, kind: str, uid: int, floor: float, relative: bool, gaussian: bool,
+) -> Tensor:  # fmt: skip
+    noise = None if state is None else ops.Noise(state, eps, uid, floor, relative, gaussian)
+    return _through_weight(x, codes, scales, zeros, bits, group_size, kind, bias, noise, None)
 
 
 @_a8_packed.register_kernel("cuda")
-def _(x, codes, scales, zeros, bias, bits, group_size, kind):
+def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, kind, uid, floor, relative, gaussian):
     from qzo_kernels.a8_packed import launch_a8_packed
-    from qzo_kernels.a8_rows import launch_group_sums, launch_quantize_rows
+    from qzo_kernels.a8_rows import launch_quantize_rows
 
+    noise = None if state is None else ops.Noise(state, eps, uid, floor, relative, gaussian)
     xq, x_scale = launch_quantize_rows(x, kind, bits)
-    # A group of whole rows spans the padding too, which is 0.
-    sums = None if zeros is None else launch_group_sums(xq, group_size if group_size < x.shape[1] else xq.shape[1])
-    return launch_a8_packed(xq, x_scale, codes, scales, bits, group_size, x.shape[1], x.dtype, bias, zeros, sums)
+    return launch_a8_packed(xq, x_scale, codes, scales, zeros, bits, group_size, x.shape[1], x.dtype, bias, noise)
 
 
 @_a8_packed.register_fake
-def _(x, codes, scales, zeros, bias, bits, group_size, kind):
+def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, kind, uid, floor, relative, gaussian):
     return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _through_weight(x, codes, scales, zeros, bits, group_size, kind, bias, noise, weight) -> Tensor:
+    """The product with the whole 8-bit weight in memory."""
+    xq, x_scale = quantize_rows(x, kind)
+    seen = scales[None] if noise is None else ops.perturb(scales, *noise)
+    weight = unpack(codes, zeros, bits, group_size, x.shape[1], kind, weight)
+    return a8_matmul(xq, x_scale, weight, seen, group_size, x.dtype, bias, zeros if bits == 8 else None)
 
 
 def quant_matmul_a8(
@@ -209,20 +211,17 @@ def quant_matmul_a8(
     scratch uint8: N·K bytes or more in which the 8-bit weight may lie where `takes_packed` says no; allocated if not given.
     ValueError names what does not fit.
     """
-    check_float("x", x.dtype)
     cols, rows = x.shape[-1], codes.shape[0]
     dtype = _dtype_of(kind, x.device)
-    check_weight(codes, scales, zeros, bits, group_size, cols)
+    flat = x.reshape(-1, cols).contiguous()
+    state, eps, *rest = noise or (None, None, 0, 0.0, False, False)
+    check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3])
     _check_group_size(group_size, cols, kind)
     if zeros is not None and bits == 8 and kind == "fp8":
         raise ValueError("zeros: given with e4m3 codes of 8 bits, which have none; expected None")
-    flat = x.reshape(-1, cols).contiguous()
-    seen = scales[None] if noise is None else ops.perturb(scales, *noise)
-    _check_product("x", flat, x.dtype, seen, bias)
     if takes_packed(bits, group_size, cols):
-        return _a8_packed(flat, codes, seen, zeros, bias, bits, group_size, kind).view(*x.shape[:-1], rows)
-    weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
-    xq, x_scale = quantize_rows(flat, kind)
-    weight = unpack(codes, zeros, bits, group_size, cols, kind, weight)
-    y = a8_matmul(xq, x_scale, weight, seen, group_size, x.dtype, bias, zeros if bits == 8 else None)
+        y = _a8_packed(flat, codes, scales, zeros, bias, state, eps, bits, group_size, kind, *rest)
+    else:
+        weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
+        y = _through_weight(flat, codes, scales, zeros, bits, group_size, kind, bias, noise, weight)
     return y.view(*x.shape[:-1], rows)

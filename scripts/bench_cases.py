@@ -4,7 +4,7 @@ A case is made lazily, so that one that cannot run is a row with its reason.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,8 +34,6 @@ LAYERS = {
     "8b": [Layer("8b", "gate_up", 14336, 4096), Layer("8b", "down", 4096, 14336), Layer("8b", "qo", 4096, 4096), Layer("8b", "kv", 1024, 4096)],
     "tiny": [Layer("tiny", "gate_up", 192, 128), Layer("tiny", "down", 64, 256)],
 }  # fmt: skip
-BLOCKS = {"13b": 40, "7b": 32, "8b": 32, "tiny": 2}
-PER_BLOCK = {"gate_up": 2, "down": 1, "qkvo": 4, "qo": 2, "kv": 2}
 
 
 @dataclass
@@ -233,44 +231,3 @@ def dequantize(bench: Bench, noise: int) -> Case:
 
     fields = bench.fields("dequantize", **bench.quantized(4, noise))
     return Case(fields, weight_bytes(layer, 4) + 2 * layer.rows * layer.cols, 0.0, "bf16", make)
-
-
-def whole_model(model: str, device: torch.device) -> Iterator[Case]:
-    """perturb and update of the scales of every layer of a model."""
-    shapes = [(layer.rows, layer.cols // GROUP) for layer in LAYERS[model] for _ in range(BLOCKS[model] * PER_BLOCK[layer.name])]
-    bench = Bench(Layer(model, "all scales", 0, 0), device, torch.float32, 0)
-
-    def scales() -> list[Tensor]:
-        return bench.once("scales", lambda: [0.5 + torch.rand(shape, device=device) for shape in shapes])
-
-    def make_perturb() -> Made:
-        given, values = bench.noise(1), scales()
-
-        def call(_: int) -> Tensor:
-            seen = [ops.perturb(value, *given) for value in values]
-            return seen[0][0]
-
-        def expected() -> tuple[Tensor, Tensor]:
-            return torch.arange(shapes[0][0], device=device), reference.perturb(values[0], *given)[0].double()
-
-        return Made(call, 1, expected)
-
-    def make_update() -> Made:
-        state = torch.tensor([7, 11], dtype=torch.int64, device=device)
-        coefs, values = torch.full((1, 1), 1e-6, device=device), [value.clone() for value in scales()]
-
-        def call(_: int) -> None:
-            for value in values:
-                ops.update_(value, state, coefs, UID, FLOOR, True, False)
-
-        def error() -> float:
-            ours, exact = values[0].clone(), values[0].clone()
-            ops.update_(ours, state, coefs, UID, FLOOR, True, False)
-            reference.update_(exact, state, coefs, UID, FLOOR, True, False)
-            return relative_error(ours, exact)
-
-        return Made(call, 1, error=error)
-
-    moved = 8.0 * sum(rows * cols for rows, cols in shapes)
-    for op, make in (("perturb", make_perturb), ("update_", make_update)):
-        yield Case(bench.fields(op, group=GROUP, noise=True, variants=1), moved, 0.0, "bf16", make)

@@ -12,7 +12,7 @@ COLUMNS = [
 NOISY_VS_CUBLAS = {4096: 1.05, 1024: 1.25, 256: 1.5, 64: 1.0, 16: 0.6, 1: 0.5}
 ON_VS_OFF = 1.03
 ERROR = 3e-3
-LOW_BIT_VS_CUBLAS = {"int8": 0.95, "fp8": 0.75, "fp8 stored": 0.75}
+LOW_BIT_VS_CUBLAS = {"int8": 0.95, "fp8": 0.75}
 
 
 def halves_target(m: int) -> float | None:
@@ -119,7 +119,7 @@ SERIES = [  # op, bits, noise, variants, route, label
     ("quant_matmul", 4, True, 1, "auto", "int4, noise"), ("quant_matmul", 4, True, 1, "fused", "int4, noise, fused"),
     ("quant_matmul", 4, True, 1, "dequantize", "int4, noise, dequantize"), ("quant_matmul", 4, True, 2, "auto", "int4, ± stacked"),
     ("quant_matmul", 4, True, 16, "auto", "int4, 16 directions"), ("w4a8", 4, True, 1, "int8", "W4A8 int8"),
-    ("w8a8", 8, True, 1, "int8", "W8A8 int8"), ("w4a8", 4, True, 1, "fp8", "W4A8 fp8"),
+    ("w8a8", 8, True, 1, "int8", "W8A8 int8"), ("w4a8", 4, True, 1, "fp8", "W4A8 fp8"), ("w8a8", 8, True, 1, "fp8", "W8A8 fp8"),
     ("torch int_mm", 8, None, None, "int8", "torch int8, no scales"), ("torch int4pack_mm", 4, False, 1, "", "torch int4"),
     ("gemlite", 4, False, 1, "", "gemlite"),
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from bench_cases import GROUP, Bench, Case, Made, activation_bytes, quant_matmul, weight_bytes
+from qzo_kernels.pack import tile_codes
 from torch import Tensor
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -37,26 +38,24 @@ def low_bit(bench: Bench, m: int, bits: int, kind: str) -> Case:
 
 
 def stored_fp8(bench: Bench, m: int) -> Case:
-    """W8A8 with weights that are e4m3 already, and fp32 scales per group."""
-    layer = bench.layer
+    """W8A8 with weights that are e4m3 themselves, with noise on their scales."""
+    layer, like = bench.layer, quant_matmul(bench, m, 8, 1)
 
     def make() -> Made:
         from qzo_kernels import ops_a8
 
-        x, w = bench.x(m), bench.bytewise(torch.float8_e4m3fn)
-        scales = bench.weight(8).scales[0][None]
+        x, w, noise, held = bench.x(m), bench.bytewise(torch.float8_e4m3fn), bench.noise(1), bench.weight(8)
+        codes = bench.once("tiled fp8", lambda: [tile_codes(one.view(torch.uint8), 8) for one in w])
 
         def call(i: int) -> Tensor:
-            return ops_a8.a8_matmul(*ops_a8.quantize_rows(x, "fp8"), w[i], scales, GROUP, bench.dtype)
+            return ops_a8.quant_matmul_a8(x, codes[i], held.scales[0], None, 8, GROUP, "fp8", None, noise)
 
         def weight() -> Tensor:
-            return (w[0].double().unflatten(1, (-1, GROUP)) * scales[0].double()[:, :, None]).flatten(1)
+            return (w[0].double().unflatten(1, (-1, GROUP)) * held.seen(noise)[0].double()[:, :, None]).flatten(1)
 
-        return Made(call, len(w), lambda: bench.product(rounded(x, "fp8"), [weight]))
+        return Made(call, len(codes), lambda: bench.product(rounded(x, "fp8"), [weight]))
 
-    fields = bench.fields("w8a8", m, bits=8, group=GROUP, sym=True, noise=False, variants=1, route="fp8 stored")
-    moved = layer.rows * (layer.cols + layer.cols // GROUP * 4) + activation_bytes(layer, m)
-    return Case(fields, moved, 2.0 * m * layer.rows * layer.cols, "fp8", make)
+    return Case(like.fields | {"op": "w8a8", "route": "fp8"}, like.moved, 2.0 * m * layer.rows * layer.cols, "fp8", make)
 
 
 def int_mm(bench: Bench, m: int) -> Case:

@@ -127,7 +127,7 @@ def rows_of(m: int, **times: float) -> list[dict]:
         "cublas": base | {"op": "cublas", "route": "bf16"}, "off": quant | {"noise": False}, "on": quant | {"noise": True},
         "halves": quant | {"op": "two_halves", "noise": True}, "stacked": quant | {"noise": True, "variants": 2},
         "forced": quant | {"noise": True, "variants": 2, "route": "fused"},
-        "int8": quant | {"op": "w4a8", "noise": True, "route": "int8"}, "fp8": quant | {"op": "w8a8", "bits": 8, "noise": False, "route": "fp8 stored"},
+        "int8": quant | {"op": "w4a8", "noise": True, "route": "int8"}, "fp8": quant | {"op": "w8a8", "bits": 8, "noise": True, "route": "fp8"},
     }  # fmt: skip
     rows = [kinds[name] | {"us": us} for name, us in times.items()]
     return [report.judged(report.ratios(row, rows)) for row in rows]
@@ -157,7 +157,7 @@ def test_must_show_has_every_cell_and_says_what_was_missed():
     assert found["quant_matmul auto W4", "vs_off"]["M=1024"] == "1.01 ok"
     assert found["quant_matmul auto W4", "vs_halves"]["M=64"] == "0.75 ok"
     assert found["best route", "vs_halves"]["M=1024"] == "1.16 fused"
-    low = found["w8a8 fp8 stored W8", "vs_cublas"]
+    low = found["w8a8 fp8 W8", "vs_cublas"]
     assert (low["M=1024"], low["M=4096"]) == ("0.8 > 0.75", "did not run")
     assert "0.001 ok" in [line["layer"] for line in lines if line["what"] == "largest relative error"]
 

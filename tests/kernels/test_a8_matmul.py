@@ -50,13 +50,13 @@ PRODUCTS = [
 
 def tiles_of(product: int) -> tuple[Tile, ...]:
     """All of them compiled; two under the interpreter, each tile with several products."""
-    every = (*TILES.values(), Tile(64, 16, 2, 4, 2))
+    every = (*TILES.values(), Tile(128, 16, 8, 2))
     return every if COMPILED else (every[product % len(every)], every[(product + 3) % len(every)])
 
 
 @pytest.mark.parametrize(
     "tile,kind,variants,rows,n,cols,group_size,bias,asymmetric,dtype",
-    [pytest.param(t, *p, id=f"{t.columns}x{t.parts}-{i}") for i, p in enumerate(PRODUCTS) for t in tiles_of(i)],
+    [pytest.param(t, *p, id=f"{t.rows}x{t.columns}-{i}") for i, p in enumerate(PRODUCTS) for t in tiles_of(i)],
 )
 def test_matmul_launcher_equals_reference(tile, kind, variants, rows, n, cols, group_size, bias, asymmetric, dtype):
     """Every tile; what is left of a tile of another variant, of N and of K is masked; the rows of zeros give the bias."""
@@ -83,7 +83,7 @@ def test_every_order_of_tiles_covers_all(order):
     n, rows = (5000, 600) if COMPILED else (600, 35)
     xq, x_scale, wq, scales = operands("int8", 2, rows, n, 64, 64)
     expected = reference_a8.a8_matmul(xq, x_scale, wq, scales, 64, torch.float64)
-    y = launch_a8_matmul(xq, x_scale, wq, scales, 64, torch.float32, tile=Tile(64, 16, 1, 4, 2, order))
+    y = launch_a8_matmul(xq, x_scale, wq, scales, 64, torch.float32, tile=Tile(64, 16, 4, 2, order))
     assert distance(y, expected) < 2e-6
 
 

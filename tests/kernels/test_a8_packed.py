@@ -4,44 +4,48 @@ import pytest
 import torch
 from a8_operands import COMPILED, DEVICE, KINDS, activations, distance, generator, weight
 
-from qzo_kernels import ops_a8, reference_a8
+from qzo_kernels import ops, ops_a8, reference, reference_a8
 
 pytest.importorskip("triton")
-from qzo_kernels.a8_packed import Tile, launch_a8_packed  # noqa: E402
-from qzo_kernels.a8_rows import launch_group_sums, launch_quantize_rows  # noqa: E402
+from qzo_kernels.a8_packed import Tile, choose_tile, launch_a8_packed  # noqa: E402
+from qzo_kernels.a8_rows import launch_quantize_rows  # noqa: E402
 
-# kind, bits, variants, rows each, N, K, group size, bias, asymmetric, columns, warps
+# kind, bits, variants, rows each, N, K, group size, bias, asymmetric, columns, parts
 PRODUCTS = [
-    ("int8", 4, 1, 2, 17, 128, 128, False, False, 16, 4),
-    ("int8", 4, 2, 5, 70, 300, 128, True, False, 16, 4),
-    ("int8", 4, 3, 17, 129, 1000, 256, False, True, 32, 4),
-    ("int8", 4, 1, 63, 63, 257, 257, True, True, 64, 4),
-    ("int8", 4, 1, 33, 130, 640, 128, False, False, 32, 8),
-    ("int8", 8, 2, 3, 65, 300, 128, True, True, 16, 4),
-    ("int8", 8, 1, 257, 64, 384, 1 << 40, False, True, 128, 4),
-    ("int8", 8, 5, 1, 33, 1728, 128, False, False, 16, 4),
-    ("fp8", 4, 1, 3, 70, 300, 128, True, False, 16, 4),
-    ("fp8", 4, 2, 63, 129, 1000, 256, False, True, 64, 8),
-    ("fp8", 4, 1, 257, 64, 384, 1 << 40, False, True, 128, 4),
-    ("fp8", 8, 3, 17, 33, 640, 128, True, False, 32, 4),
-    ("fp8", 8, 1, 2, 130, 1728, 1 << 40, False, False, 16, 4),
+    ("int8", 4, 1, 2, 17, 128, 128, False, False, 16, 1),
+    ("int8", 4, 2, 5, 70, 300, 128, True, False, 16, 1),
+    ("int8", 4, 3, 17, 129, 1000, 256, False, True, 32, 1),
+    ("int8", 4, 1, 63, 63, 257, 257, True, True, 64, 1),
+    ("int8", 4, 1, 33, 130, 640, 128, False, False, 32, 2),
+    ("int8", 8, 2, 3, 65, 300, 128, True, True, 16, 1),
+    ("int8", 8, 1, 257, 64, 384, 1 << 40, False, True, 128, 2),
+    ("int8", 8, 5, 1, 33, 1728, 128, False, False, 16, 1),
+    ("fp8", 4, 1, 3, 70, 300, 128, True, False, 16, 1),
+    ("fp8", 4, 2, 63, 129, 1000, 256, False, True, 64, 2),
+    ("fp8", 4, 1, 257, 64, 384, 1 << 40, False, True, 128, 1),
+    ("fp8", 8, 3, 17, 33, 640, 128, True, False, 32, 1),
+    ("fp8", 8, 1, 2, 130, 1728, 1 << 40, False, False, 16, 1),
 ]
 
 
-@pytest.mark.parametrize("kind,bits,variants,rows,n,cols,group_size,bias,asymmetric,columns,warps", PRODUCTS)
-def test_launcher_equals_reference(kind, bits, variants, rows, n, cols, group_size, bias, asymmetric, columns, warps):
+@pytest.mark.parametrize("kind,bits,variants,rows,n,cols,group_size,bias,asymmetric,columns,parts", PRODUCTS)
+def test_launcher_equals_reference(kind, bits, variants, rows, n, cols, group_size, bias, asymmetric, columns, parts):
     if kind not in KINDS:
         return
     _, codes, scales, zeros = weight(bits, n, cols, min(group_size, cols), "each" if asymmetric else "none")
     if kind == "fp8" and bits == 8:
         codes &= 0x6F6F6F6F | -(1 << 31)  # no NaN
-    seen = torch.stack([scales * (1 + 0.1 * v) for v in range(variants)])
+    noise = None
+    if variants > 1:
+        state = torch.tensor([[7, 8, v] for v in range(variants)], device=DEVICE)
+        eps = torch.tensor([0.1 * (-1) ** v for v in range(variants)], device=DEVICE)
+        noise = ops.Noise(state, eps, 1 << 31, 1e-3, n % 2 == 0, n == 65)
+    seen = scales[None] if noise is None else reference.perturb(scales, *noise)
     x = activations(rows * variants, cols)
     shift = torch.randn(n, generator=generator(n)).to(DEVICE) if bias else None
     xq, x_scale = launch_quantize_rows(x, kind, bits)
-    sums = launch_group_sums(xq, group_size if group_size < cols else xq.shape[1]) if asymmetric else None
-    tile = Tile(columns, warps, 3)
-    y = launch_a8_packed(xq, x_scale, codes, seen, bits, group_size, cols, torch.float32, shift, zeros, sums, tile)
+    tile = Tile(columns, parts, 4, 3)
+    y = launch_a8_packed(xq, x_scale, codes, scales, zeros, bits, group_size, cols, torch.float32, shift, noise, tile)
     plain, scale = reference_a8.quantize_rows(x, kind)
     w = torch.empty(n, cols, dtype=xq.dtype, device=DEVICE)
     reference_a8.unpack(codes, zeros, bits, group_size, w)
@@ -81,3 +85,16 @@ def test_operator_equals_its_parts(kind, bits):
     w = ops_a8.unpack(words, zeros, bits, 128, 300, kind)
     parts = ops_a8.a8_matmul(*ops_a8.quantize_rows(x, kind), w, scales[None], 128, x.dtype, None, zeros if bits == 8 else None)
     assert distance(y, parts) < 1e-3
+
+
+def test_choice_of_a_tile():
+    """By shapes alone: wide tiles where there are many of them."""
+    found = [choose_tile(rows, 5120, 1)[:2] for rows in (1, 32, 64, 200, 1024, 4096)]
+    assert found == [(16, 1), (32, 1), (64, 1), (128, 1), (128, 1), (128, 2)]
+
+
+def test_other_groups_are_named():
+    _, words, scales, zeros = weight(4, 17, 256, 64, "each")
+    xq, x_scale = launch_quantize_rows(activations(2, 256), "int8", 4)
+    with pytest.raises(ValueError, match="group_size = 64: packed codes"):
+        launch_a8_packed(xq, x_scale, words, scales, zeros, 4, 64, 256, torch.float32)

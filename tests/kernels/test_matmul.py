@@ -41,6 +41,7 @@ CASES = [
     (4, 130, 300, 64, False, 40, 10, False, TALL),  # ten slots of four rows, of sixteen
     (2, 63, 257, 128, True, 96, 6, False, SPLIT),  # tiles of two slots
     (4, 16, 13824, 128, True, 2, 2, False, SPLIT),  # 108 groups
+    (4, 16, 2000, 32, True, 4, 2, False, SMALL),  # 63 groups
     (4, 16, 4224, 32, True, 4, 2, False, SPLIT),  # 132 groups: more than one Philox call of signs
 ]
 CASE = "bits,rows,cols,group_size,symmetric,m,variants,bias,config"
@@ -195,6 +196,9 @@ def test_table_sends_small_products_to_the_fused_kernel():
     assert [row(rows) is None for rows in (1, 16, 17, 64, 256, 384, 385, 4096)] == [False] * 6 + [True] * 2
     x = torch.zeros(64, 256)
     assert dispatch.config_of(x, 5120, None).splits > 1
+    several = ops.Noise(None, torch.empty(16), 0, 0.0, False, False)
+    found = [dispatch.config_of(torch.empty(256, k, device="meta"), 5120, n)[:3] for n in (None, several) for k in (5120, 13824)]
+    assert found == [(64, 64, 1), (64, 128, 3), (64, 64, 1), (64, 64, 2)]
     assert dispatch.route_of(x, 4, 128, None) == ("dequantize" if not x.is_cuda else "fused")
     assert dispatch.part_width(4, 96, 960) == 32 and dispatch.part_width(8, 32, 960) == 0 and dispatch.part_width(3, 5, 5) == 128
     assert [dispatch.slots_of(*given) for given in ((4, 16, 64), (1, 64, 16), (1, 64, 32), (3, 16, 64), (32, 2, 64))] == [16, 16, 1, 1, 1]
