@@ -1,7 +1,7 @@
 """Triton kernel of `a8_matmul` from packed codes of 4 or 8 bits: the weights go from their words into the tensor core's registers.
 
-A mask makes four signed bytes out of a word, 16·(q − 8) of every other nibble, or q − 128: no weight in memory, no shared memory for it.
-The columns of x come in the order of those bytes (a8_rows, `order`).
+A mask makes four signed bytes out of a word, 16·(q − 8) of every other nibble, or q − 128; five instructions make four e4m3 numbers
+2⁻⁹·(q − 8). No weight in memory, no shared memory for it. The columns of x come in the order of those bytes (a8_rows, `order`).
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from qzo_kernels.a8_rows import launch_group_sums
 from qzo_kernels.pack import TILE
 from qzo_kernels.perturb import launch_perturb
 
-
 _FACTOR = {(False, 4): 0.0625, (False, 8): 1.0, (True, 4): 512.0, (True, 8): 1.0}  # by (fp8, bits): over what the product is of
-# (w & $2) ^ $3 over the four bytes of a word.
+# Each asm makes four neighbouring elements, the bytes of one register, of one word given four times over.
+# (word & mask) ^ flip:
 _AND_XOR = tl.constexpr("lop3.b32 $0, $1, $5, $9, 0x6A;")
-# e4m3 bits of 2⁻⁹·(q − 8) for the nibbles q in the low (odd: high) halves of the bytes of $1: below 8, the sign and 8 − q.
+# e4m3 bits of 2⁻⁹·(q − 8) for the nibbles q in the low (odd: high) halves of the bytes: from 8 on q − 8, below the sign and 8 − q.
 _E4M3 = """{{ .reg .b32 g, d, m;
 shr.b32 g, $1, {shift}; lop3.b32 g, g, 0x0F0F0F0F, 0x08080808, 0x6A; sub.u32 d, 0x90909090, g;
 shl.b32 m, $1, {sign}; prmt.b32 m, m, m, 0xBA98; lop3.b32 $0, g, d, m, 0xE4; }}"""

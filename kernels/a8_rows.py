@@ -17,21 +17,23 @@ _LANES = 128  # one per thread: nothing changes hands between the loads and the 
 
 @triton.jit
 def _magnitude(p_x, col, cols):
-    """(x in fp32, the largest |x| as int32 bits): bits are ordered as the numbers are, NaN above infinity."""
+    """(x in fp32, |x| as int32 bits): bits are ordered as the numbers are, NaN above infinity."""
     x = tl.load(p_x + col, mask=col < cols, other=0).to(tl.float32)
-    return x, tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    return x, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _rounded(v, LARGEST: tl.constexpr):
-    """v on the grid of the integers, or of e4m3, ties to even: whatever a cast does with the rest is left out of it."""
+    """v as int8, or on the grid of e4m3, ties to even: whatever a cast does with the rest is left out of it."""
     if LARGEST == 127:
-        shift = 12582912.0
+        # 1.5 · 2²³: the sum's last bits are the integer.
+        q = (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         # 1.5 · 2²⁰ times the power of two below |v|, which is 2⁻⁶ at least: the sum keeps three bits of v.
         power = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
         shift = power.to(tl.float32, bitcast=True) * 1572864.0
-    return (v + shift) - shift
+        q = ((v + shift) - shift).to(tl.float8e4nv)
+    return q
 
 
 @triton.jit
@@ -50,16 +52,27 @@ def _ordered(q, ORDER: tl.constexpr):
 
 
 @triton.jit
+def _put(p_q, x, col, width, inverse, broken, LARGEST: tl.constexpr, ORDER: tl.constexpr):
+    tl.store(p_q + col, _ordered(_rounded(tl.where(broken, 0.0, x) * inverse, LARGEST), ORDER), mask=col < width)
+
+
+@triton.jit
 def _quantize_kernel(
-    p_q, p_scale, p_x, cols, width, LARGEST: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ORDER: tl.constexpr,
+    p_q, p_scale, p_x, cols, width,
+    LARGEST: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, CHUNKS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p_x += row * cols
     p_q += row * width
     col = tl.arange(0, WIDTH)
-    x, bits = _magnitude(p_x, col, cols)
+    x, largest = _magnitude(p_x, col, cols)
+    bits = tl.max(largest, 0)
+    if TAIL:
+        tail = WIDTH + tl.arange(0, TAIL)
+        x_tail, largest = _magnitude(p_x, tail, cols)
+        bits = tl.maximum(bits, tl.max(largest, 0))
     for i in range(1, CHUNKS):
-        bits = tl.maximum(bits, _magnitude(p_x, i * WIDTH + col, cols)[1])
+        bits = tl.maximum(bits, tl.max(_magnitude(p_x, i * WIDTH + col, cols)[1], 0))
     largest = tl.cast(bits, tl.float32, bitcast=True)
     # Below 1e-30 the inverse would overflow; infinity and NaN are above every finite number's bits.
     tiny, broken = largest < 1e-30, bits >= 0x7F800000
@@ -71,8 +84,17 @@ def _quantize_kernel(
     for i in range(CHUNKS):
         if CHUNKS > 1:
             x, _ = _magnitude(p_x, i * WIDTH + col, cols)
-        q = _ordered(_rounded(tl.where(broken, 0.0, x) * inverse, LARGEST).to(p_q.dtype.element_ty), ORDER)
-        tl.store(p_q + i * WIDTH + col, q, mask=i * WIDTH + col < width)
+        _put(p_q, x, i * WIDTH + col, width, inverse, broken, LARGEST, ORDER)
+    if TAIL:
+        _put(p_q, x_tail, tail, width, inverse, broken, LARGEST, ORDER)
+
+
+def _widths(cols: int) -> tuple[int, int]:
+    """Columns that a program holds in one piece, and those of a second piece: powers of two, with little beyond `cols`."""
+    whole = min(_WIDTH, max(triton.next_power_of_2(cols), TILE))
+    rest = cols - whole // 2
+    tail = max(triton.next_power_of_2(rest), TILE) if cols <= _WIDTH and rest > 0 else whole
+    return (whole, 0) if 2 * tail >= whole else (whole // 2, tail)
 
 
 def launch_quantize_rows(x: Tensor, kind: str, order: int = 0) -> tuple[Tensor, Tensor]:
@@ -86,10 +108,10 @@ def launch_quantize_rows(x: Tensor, kind: str, order: int = 0) -> tuple[Tensor, 
     q = torch.empty(rows, width, dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        held = min(_WIDTH, max(triton.next_power_of_2(cols), TILE))
+        held, tail = _widths(cols)
         with torch.cuda.device_of(x):
             _quantize_kernel[(rows,)](
-                q, scale, x, cols, width, LARGEST=largest, WIDTH=held, CHUNKS=triton.cdiv(cols, held), ORDER=order,
+                q, scale, x, cols, width, LARGEST=largest, WIDTH=held, TAIL=tail, CHUNKS=1 if tail else triton.cdiv(cols, held), ORDER=order,
                 num_warps=max(1, min(4, held // 512)), enable_fp_fusion=False,
             )  # fmt: skip
     return q, scale

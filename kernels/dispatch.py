@@ -49,9 +49,9 @@ def part_width(bits: int, group_size: int, cols: int) -> int:
 
 
 def slots_of(per_variant: int, variants: int, rows_m: int) -> int:
-    """Variants that share a tile of rows_m rows, each a power of two of them: more than two, or 1 for none to share."""
+    """Variants that share a tile of rows_m rows, each a power of two of them, or 1: two of many rows have an accumulator each."""
     slots = rows_m // per_variant
-    fits = variants > 2 and per_variant & (per_variant - 1) == 0 and 2 <= slots <= _SLOTS
+    fits = (variants > 2 or rows_m <= 16) and per_variant & (per_variant - 1) == 0 and 2 <= slots <= _SLOTS
     return slots if fits else 1
 
 

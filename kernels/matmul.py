@@ -185,6 +185,8 @@ def launch_matmul(
         scales, mode = launch_perturb(scales, *noise), 2
     slots = slots_of(per_variant, variants, config.rows_m) if mode == 1 else 1
     pair = slots == 1 and variants > 1 and per_variant <= config.rows_m // 2
+    # Fewer words of signs are fewer registers, of which several variants hold many.
+    held_signs = 128 if slots == 1 or groups > 64 else 64 if groups > 32 else 32
     # With slots, a tile takes rows as they come: to its geometry they are those of one variant.
     count, each = (1, len(x)) if slots > 1 else (variants, per_variant)
     height = config.rows_m // (2 if pair else 1)
@@ -206,7 +208,7 @@ def launch_matmul(
             each, count, rows, cols, groups, *((0, 0) if zeros is None else zeros.stride()),
             noise_functions.signed(uid), floor, per_split, variants,
             BITS=bits, SLOTS=slots, GROUP=0 if group_size >= cols else group_size, PART=part, ZERO=1 << (bits - 1) if zeros is None else -1,
-            BN=config.rows_n, BM=height, PAIR=pair, SPLITS=splits, NOISE=mode, SIGNS=32 if groups <= 32 else 64 if groups <= 64 else 128, RELATIVE=relative, BIAS=bias is not None,
+            BN=config.rows_n, BM=height, PAIR=pair, SPLITS=splits, NOISE=mode, SIGNS=held_signs, RELATIVE=relative, BIAS=bias is not None,
             DTYPE=_DTYPES[x.dtype], ASM=x.is_cuda, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return y

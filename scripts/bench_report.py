@@ -130,9 +130,10 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     layers = list(dict.fromkeys((row["model"], row["layer"], row["N"], row["K"]) for row in rows if row.get("vs_cublas")))
+    sizes = sorted({row["M"] for row in rows if row["M"]})
     figure, axes = pyplot.subplots(1, max(1, len(layers)), figsize=(6 * max(1, len(layers)), 5), sharey=True, squeeze=False)
     for axis, (model, layer, n, k) in zip(axes[0], layers, strict=False):
         for index, (op, bits, noise, variants, route, label) in enumerate(SERIES):
@@ -145,7 +146,11 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
                 axis.plot([m / 1.4, m * 1.4], [most, most], color="black", lw=2)
         axis.axhline(1, color="grey", lw=0.5)
         axis.set(yscale="log", xlabel="rows M", title=f"{model} {layer}, {n}×{k}")
-        axis.set_xscale("log", base=4)
+        axis.set_xscale("log")
+        for ticks, values in ((axis.xaxis, sizes), (axis.yaxis, (0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 3, 4))):
+            ticks.set_major_locator(ticker.FixedLocator(values))
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_locator(ticker.NullLocator())
     axes[0][0].set_ylabel("time / cuBLAS bf16")
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from bench_cases import GROUP, LAYERS, UID, Bench, Case, Layer, Made, relative_error
+from bench_cases import FLOOR, GROUP, LAYERS, UID, Bench, Case, Layer, Made, relative_error
 from qzo_kernels import ops, reference, reference_codes
 from qzo_kernels.ops_codes import update_codes_
 from torch import Tensor

@@ -201,4 +201,4 @@ def test_table_sends_small_products_to_the_fused_kernel():
     assert found == [(64, 64, 1), (64, 128, 3), (64, 64, 1), (64, 64, 2)]
     assert dispatch.route_of(x, 4, 128, None) == ("dequantize" if not x.is_cuda else "fused")
     assert dispatch.part_width(4, 96, 960) == 32 and dispatch.part_width(8, 32, 960) == 0 and dispatch.part_width(3, 5, 5) == 128
-    assert [dispatch.slots_of(*given) for given in ((4, 16, 64), (1, 64, 16), (1, 64, 32), (3, 16, 64), (32, 2, 64))] == [16, 16, 1, 1, 1]
+    assert [dispatch.slots_of(*given) for given in ((4, 16, 64), (1, 64, 16), (1, 64, 32), (3, 16, 64), (32, 2, 64), (8, 2, 16))] == [16, 16, 1, 1, 1, 2]
