@@ -1,5 +1,8 @@
 """`qzo tune --dry-run`: what would be run, and how large it is, without loading the weights."""
 
+import re
+from collections import Counter
+
 from qzo.memory import gigabytes
 from qzo.model.load import load_tokenizer, pick_device, pick_dtype
 from qzo.recipe import Recipe, to_yaml
@@ -18,6 +21,7 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> str:
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     codes = scales = scratch = others = 0
+    hosted: Counter[str] = Counter()  # bytes of codes in host memory, by decoder layer
     for tensor in folder.tensors:
         module, _, kind = tensor.rpartition(".")
         shape = folder.shape(tensor)
@@ -25,13 +29,20 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> str:
         for size in shape:
             count *= size
         if kind == "qweight":
-            codes += 4 * count
+            inside = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
+            if inside and recipe.offload == "codes" and device.type == "cuda":
+                hosted[inside[1]] += 4 * count
+            else:
+                codes += 4 * count
             scratch = max(scratch, count * 32 // config.bits * dtype.itemsize)
         elif kind == "scales":
             scales += 4 * count
         elif kind not in ("qzeros", "g_idx"):
             others += count * dtype.itemsize
+    codes += 2 * max(hosted.values(), default=0)
     parts = {"codes": codes, "scales": scales, "embeddings, norms, head": others, "scratch": scratch}
+    passes, host = -(-recipe.batch_size // (recipe.micro_batch or recipe.batch_size)), sum(hosted.values())
+    bus = [f"codes in host memory: {gigabytes(host)}; {gigabytes(host * passes)} cross the bus in a step"] if hosted else []
     return "\n".join(
         [
             to_yaml(recipe).rstrip(),
@@ -42,5 +53,6 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> str:
             f"work: {recipe.steps} steps, {forwards:.0f} example-forwards",
             "memory of the weights: " + ", ".join(f"{key} {gigabytes(size)}" for key, size in parts.items())
             + f", together {gigabytes(sum(parts.values()))}; activations come on top",
+            *bus,
         ]
     )  # fmt: skip

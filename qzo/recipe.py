@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from qzo import plain_yaml
 from qzo.errors import BadInput
 
-# A run may be resumed with other values of these: they decide where and how often something is written or shown,
-# and no bit of the tuned weights. `steps` is not among them: the schedule depends on it.
-_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every")
+# A run may be resumed with other values of these: they decide where and how often something is written or shown, or where
+# the codes are kept, and no bit of a loss or of the tuned weights. `steps` is not among them: the schedule depends on it.
+_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "offload")
 
 # What other trainers call some keys; by spelling alone these would lead to the wrong one.
 _OTHER_NAMES = {"learning_rate": "lr", "zo_eps": "eps", "max_steps": "steps", "num_steps": "steps"}
@@ -79,6 +79,7 @@ class Recipe(BaseModel):
     log_every: _Count = Field(10, description="steps between log lines")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
+    offload: Literal["none", "codes"] = Field("none", description="codes: in host memory, streamed to the GPU; needs stacked")
     threads: _Count | None = Field(None, description="CPU threads; null: torch's own choice")
     output_dir: _Text | None = Field(None, description="folder of the run; null: runs/NAME-seedSEED")
 
@@ -232,6 +233,11 @@ def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
                 problems.append((key, "nothing", "a number, because dense is true"))
     if values.get("clip") is not None and values.get("clip_median") is not None:
         problems.append(("clip", "together with clip_median", "one of the two"))
+    # Signs one by one would stream the codes twice in a step.
+    if values.get("offload") == "codes" and values.get("stacked") is False:
+        dense = values.get("dense")
+        fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
+        problems.append(("offload", "codes with stacked: false", fix))
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))

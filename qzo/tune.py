@@ -103,10 +103,11 @@ class Tuner:
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
-        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype)
+        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload == "codes")
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
-        self.graphs = Graphs(self.optimizer, self._losses, capture and is_plain(self.loaded.model, bucket(self.max_length)))
+        capture = capture and is_plain(self.loaded.model, bucket(self.max_length))
+        self.graphs = Graphs(self.optimizer, self._losses, capture, self.loaded.rest)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row

@@ -1,15 +1,18 @@
 """The command line itself: help that is fast, and what each verb prints."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import write_recipe
 
 from qzo.cli import main
+from qzo.model.files import Folder
 from qzo.recipe import shipped
 
 VERBS = ("quantize", "tune", "evaluate", "export", "replay", "recipes", "doctor")
@@ -84,6 +87,25 @@ def test_dry_run_prints_and_writes_nothing(recipe, tmp_path, llama4, capsys):
     assert f"run folder: {tmp_path}/run (continues)" in capsys.readouterr().out
     assert main(["tune", recipe, "--dry-run", "--restart", "lr=0.5"]) == 0
     assert f"run folder: {tmp_path}/run (new)" in capsys.readouterr().out
+
+
+def test_dry_run_with_codes_in_host_memory(llama4, sentiment, tmp_path, monkeypatch, capsys):
+    """On a GPU: two layers' codes there (all of the only layer's, twice), and what crosses the bus in a step of two micro-batches."""
+    monkeypatch.setattr("qzo.plan.pick_device", torch.device)
+    monkeypatch.setattr("qzo.plan.gigabytes", lambda size: f"{size} bytes")
+    recipe = write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, stacked=True, micro_batch=2, device="cuda")
+    codes = sum(4 * math.prod(shape) for name, shape in shapes(llama4) if name.endswith("qweight"))
+    for offload, device in (("none", "cuda"), ("codes", "cpu"), ("codes", "cuda")):
+        assert main(["tune", recipe, "--dry-run", f"offload={offload}", f"device={device}"]) == 0
+        out = capsys.readouterr().out
+        there = (offload, device) == ("codes", "cuda")
+        assert f"memory of the weights: codes {2 * codes if there else codes} bytes" in out
+        assert (f"codes in host memory: {codes} bytes; {2 * codes} bytes cross the bus in a step" in out) == there == ("bus" in out.split("run folder")[1])
+
+
+def shapes(folder):
+    found = Folder(str(folder))
+    return [(name, found.shape(name)) for name in found.tensors]
 
 
 def test_tune_shows_progress_and_ends_with_a_table(recipe, tmp_path, capsys):

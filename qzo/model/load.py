@@ -11,6 +11,7 @@ from qzo.errors import BadInput
 from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
+from qzo.model.stream import CodeStream
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -18,7 +19,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class LoadedModel:
-    """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization."""
+    """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization.
+
+    `stream` brings the codes to a GPU where they are kept in host memory.
+    """
 
     model: nn.Module
     folder: Folder
@@ -26,9 +30,15 @@ class LoadedModel:
     layers: dict[str, QuantLinear]
     device: torch.device
     dtype: torch.dtype
+    stream: CodeStream | None = None
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
+
+    def rest(self) -> None:
+        """The state in which a forward may be captured or replayed as a graph: see CodeStream."""
+        if self.stream is not None:
+            self.stream.rest()
 
 
 def pick_device(device: str) -> torch.device:
@@ -133,9 +143,10 @@ def release(module: nn.Module) -> None:
 
 
 def _swap_quantized(
-    model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype, offload: bool
 ) -> dict[str, QuantLinear]:
-    scratch, layers = Scratch(), {}
+    """The QuantLinears by name, in their places. With `offload` the codes of the decoder layers stay on the CPU."""
+    scratch, layers, inside = Scratch(), {}, set(model.get_decoder().layers.modules()) if offload else ()
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, module in linears:
         if f"{name}.qweight" not in folder:
@@ -144,7 +155,8 @@ def _swap_quantized(
         tensors = read_layer(folder, name, config, rows, cols)
         for key in ("codes", "scales", "zeros", "perm"):
             value = getattr(tensors, key)
-            setattr(tensors, key, None if value is None else value.to(device))
+            stays = value is None or key == "codes" and module in inside
+            setattr(tensors, key, value if stays else value.to(device))
         bias = None
         if f"{name}.bias" in folder:
             stored = folder.read(f"{name}.bias")
@@ -162,22 +174,28 @@ def _swap_quantized(
     return layers
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def _streamed(model: nn.Module, device: torch.device) -> CodeStream | None:
+    found = [[m for m in layer.modules() if isinstance(m, QuantLinear)] for layer in model.get_decoder().layers]
+    return CodeStream(found, device) if any(found) else None
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: bool = False) -> LoadedModel:
     """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
 
     Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32).
+    offload: the codes of the decoder layers stay in host memory, and a GPU holds those of two layers; on a CPU nothing changes.
     Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
     config = read_config(folder)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model = skeleton(folder)
-    layers = _swap_quantized(model, folder, config, where, kind) if config else {}
+    model, offload = skeleton(folder), offload and where.type == "cuda"
+    layers = _swap_quantized(model, folder, config, where, kind, offload) if config else {}
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
     model.config.use_cache = False
-    return LoadedModel(model, folder, config, layers, where, kind)
+    return LoadedModel(model, folder, config, layers, where, kind, _streamed(model, where) if offload else None)
