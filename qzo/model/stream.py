@@ -161,7 +161,7 @@ def _parts(block: Tensor, layer: Sequence[QuantLinear]) -> list[Tensor]:
 
 
 def _block(layer: Sequence[QuantLinear], device: torch.device) -> Tensor:
-    """The layer's codes in one stretch of host memory; the Linears' own are given up."""
+    """The layer's codes in one stretch of host memory; the Linears' own are given up, so that one layer at a time is there twice."""
     # Pages of its own, and locked here: what torch pins is rounded up to a power of two.
     size = 4 * _starts(layer)[-1]
     block = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.int32)

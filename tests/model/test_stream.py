@@ -223,7 +223,7 @@ def test_a_capture_begins_at_rest_and_one_that_failed_is_forgotten():
         queues.capture(forward)
     stream.rest()
     with pytest.raises(AssertionError, match="not joined"):
-        queues.capture(forward)
+        queues.capture(lambda: forward([0, 1, 2]))
     forward([2, 3, 4, 0])
     stream.rest()
     queues.run()
