@@ -11,8 +11,7 @@ from qzo.checkpoint import newest_snapshot
 from qzo.errors import Interrupted, RunFailed
 from qzo.journal import FLAG_SKIPPED, read_journal
 from qzo.metrics import read_metrics
-from qzo.model.linear import QuantLinear
-from qzo.model.stream import CodeStream
+from qzo.model.stream import stream_codes
 from qzo.quantize import quantize_model
 from qzo.recipe import load_recipe
 from qzo.tune import Tuner
@@ -90,16 +89,16 @@ def stop_at(run, step):
 
 
 @pytest.mark.parametrize("keys", [{}, {"micro_batch": 2}], ids=str)
-def test_streamed_codes_give_the_same_run(keys, sentiment, tmp_path):
+def test_streamed_codes_give_the_same_run(keys, sentiment, tmp_path, monkeypatch):
     """A model of three layers whose two buffers are filled as soon as they may be."""
+    monkeypatch.setattr("qzo.model.stream.Lanes", lambda device: AtOnce())
     quantize_model(str(make_model(tmp_path / "16", num_hidden_layers=3)), tmp_path / "4", "rtn", 4, 32, device="cpu")
     outcomes = []
     for streamed in (False, True):
         path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "4", sentiment, stacked=True, offload="codes", **keys)
         run = Tuner(load_recipe(path), "tiny", "qzo tune")
         if streamed:
-            layers = [[m for m in layer.modules() if isinstance(m, QuantLinear)] for layer in run.loaded.model.get_decoder().layers]
-            run.loaded.stream = CodeStream(layers, run.loaded.device, AtOnce())
+            run.loaded.stream = stream_codes(run.loaded.model, run.loaded.device)
         run.run()
         outcomes.append((run.folder.journal.read_bytes(), newest_snapshot(run.folder.path)[2]))
         shutil.rmtree(run.folder.path)

@@ -11,7 +11,7 @@ from qzo.errors import BadInput
 from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
-from qzo.model.stream import CodeStream
+from qzo.model.stream import CodeStream, stream_codes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -174,11 +174,6 @@ def _swap_quantized(
     return layers
 
 
-def _streamed(model: nn.Module, device: torch.device) -> CodeStream | None:
-    found = [[m for m in layer.modules() if isinstance(m, QuantLinear)] for layer in model.get_decoder().layers]
-    return CodeStream(found, device) if any(found) else None
-
-
 def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: bool = False) -> LoadedModel:
     """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
 
@@ -198,4 +193,4 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: bo
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
     model.config.use_cache = False
-    return LoadedModel(model, folder, config, layers, where, kind, _streamed(model, where) if offload else None)
+    return LoadedModel(model, folder, config, layers, where, kind, stream_codes(model, where) if offload else None)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qzo.errors import RunFailed
 from qzo.model.linear import QuantLinear
@@ -145,6 +145,12 @@ class CodeStream:
                 # The capture failed: none of what it recorded has run.
                 self._held, self._arriving, self._used = [None, None], [None, None], None
             self._captured = captured
+
+
+def stream_codes(model: nn.Module, device: torch.device) -> CodeStream | None:
+    """From now on the codes in the decoder layers of a transformers model come from host memory; None where there are none."""
+    found = [[m for m in layer.modules() if isinstance(m, QuantLinear)] for layer in model.get_decoder().layers]
+    return CodeStream(found, device) if any(found) else None
 
 
 def _starts(layer: Sequence[QuantLinear]) -> list[int]:

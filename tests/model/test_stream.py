@@ -13,7 +13,7 @@ from qzo.model.decoder import decode, is_plain
 from qzo.model.files import Folder
 from qzo.model.gptq_format import read_config
 from qzo.model.load import _swap_quantized, load_model, skeleton
-from qzo.model.stream import CodeStream
+from qzo.model.stream import CodeStream, stream_codes
 from qzo.quantize import quantize_model
 
 CPU = torch.device("cpu")
@@ -241,12 +241,13 @@ def write(folder, family, layers):
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 1), ("llama", 2), ("llama", 3), ("qwen3", 4), ("opt", 3)])
 @torch.no_grad()
-def test_models_compute_the_same_bits(family, layers, tmp_path):
+def test_models_compute_the_same_bits(family, layers, tmp_path, monkeypatch):
     path = write(tmp_path, family, layers)
     plain, streamed = load_model(path, "cpu", "fp32"), load_model(path, "cpu", "fp32")
-    lanes, found = AtOnce(), [[m for m in layer.modules() if hasattr(m, "codes")] for layer in streamed.model.get_decoder().layers]
-    stream = CodeStream(found, CPU, lanes)
-    assert sum(map(len, found)) == len(streamed.layers) and is_plain(plain.model, 20) == (family != "opt")
+    lanes = AtOnce()
+    monkeypatch.setattr("qzo.model.stream.Lanes", lambda device: lanes)
+    stream = stream_codes(streamed.model, CPU)
+    assert all(layer.source for layer in streamed.layers.values()) and is_plain(plain.model, 20) == (family != "opt")
     ids = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         for compute in (
