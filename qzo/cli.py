@@ -92,8 +92,7 @@ def _tune(args: argparse.Namespace) -> None:
     if args.dry_run:
         from qzo.plan import plan
 
-        print(plan(recipe, name, args.restart))
-        return
+        return plan(recipe, name, args.restart)
     from qzo.report import table
     from qzo.tune import tune_model
 

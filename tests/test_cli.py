@@ -76,7 +76,7 @@ def test_dry_run_prints_and_writes_nothing(recipe, tmp_path, llama4, capsys):
     out, err = capsys.readouterr()
     assert sorted(path.name for path in tmp_path.rglob("*")) == before and not err
     for text in ("seed: 7", f"run folder: {tmp_path}/run (new)", "4 bits, group 32, gptq", "48 training examples (1 rows",
-                 "6 steps, 48 example-forwards", "codes", "scales", "activations come on top"):  # fmt: skip
+                 "6 steps, 48 example-forwards, 4 examples at a time", "codes", "scales", "activations", "together", "lower it most"):  # fmt: skip
         assert text in out
     assert main(["tune", recipe]) == 0
     capsys.readouterr()
