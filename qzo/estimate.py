@@ -61,24 +61,24 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's quantized Linears, the elements of each other tensor, and its dimensions as its config has them."""
+    """A model's quantized Linears, the elements of each other tensor by name, and its dimensions as its config has them."""
 
     linears: tuple[Linear, ...]
-    others: tuple[int, ...]
+    others: dict[str, int]
     quantization: GptqConfig
     config: dict
 
     @classmethod
     def of(cls, folder: Folder, quantization: GptqConfig) -> "Shapes":
-        linears, others = [], []
+        linears, others = [], {}
         for tensor in folder.tensors:
             module, _, kind = tensor.rpartition(".")
             shape = folder.shape(tensor)
             if kind == "qweight":
                 linears.append(Linear(shape[1], shape[0] * 32 // quantization.bits))
             elif kind not in ("scales", "qzeros", "g_idx"):
-                others.append(torch.Size(shape).numel())
-        return cls(tuple(linears), tuple(others), quantization, folder.config)
+                others[tensor] = torch.Size(shape).numel()
+        return cls(tuple(linears), others, quantization, folder.config)
 
     @property
     def hidden(self) -> int:
@@ -133,7 +133,7 @@ def _weights(shapes: Shapes, dtype: torch.dtype, device: str) -> dict[str, int]:
         found["codes"] += _segment(4 * linear.rows * tiled_words(linear.cols, quantization.bits), device)
         found["scales"] += _segment(4 * linear.rows * groups, device)
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
-    return found | {"embeddings, norms, head": sum(_segment(count * dtype.itemsize, device) for count in shapes.others)}
+    return found | {"embeddings, norms, head": sum(_segment(count * dtype.itemsize, device) for count in shapes.others.values())}
 
 
 def _segment(size: int, device: str) -> int:

@@ -1,6 +1,7 @@
 """Whether a run fits its device: the estimate for a recipe, the micro-batch that fits, and what would lower it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -25,12 +26,18 @@ def evaluation_size(encoded: Sequence[Encoded], examples: int, variants: int) ->
     return max(examples * variants, _FEW_TOKENS // (work.rows * bucket(work.length)), 1)
 
 
+def _kept(shapes: Shapes, offload: str) -> Shapes:
+    """Without what stays on the host."""
+    others = {name: count for name, count in shapes.others.items() if offload == "none" or "embed_tokens" not in name}
+    return replace(shapes, others=others)
+
+
 class Fit:
     """A recipe against its device, from the shapes in the model's folder and the encoded training examples."""
 
     def __init__(self, recipe: Recipe, folder: Folder, quantization: GptqConfig, encoded: Sequence[Encoded], generation: bool):
         self.recipe, self.encoded, self.generation = recipe, encoded, generation
-        self.shapes = Shapes.of(folder, quantization)
+        self.shapes = _kept(Shapes.of(folder, quantization), recipe.offload)
         self.device: torch.device = pick_device(recipe.device)
         self.dtype = pick_dtype(recipe.dtype, self.device)
         self.available = available(self.device, recipe.device_memory)
@@ -67,6 +74,9 @@ class Fit:
             yield f"micro_batch={micro // 2}", self.estimate(micro // 2).peak
         if self.recipe.stacked:
             yield "stacked=false", self.estimate(micro, stacked=False).peak
+        saved = sum(self.shapes.others.values()) - sum(_kept(self.shapes, "embeddings").others.values())
+        if saved and not self.shapes.config.get("tie_word_embeddings"):
+            yield "offload=embeddings", self.estimate(micro).peak - saved * self.dtype.itemsize
         bits = self.shapes.quantization.bits
         if bits > 2:
             codes = self.estimate(micro).phases["load"]["codes"]

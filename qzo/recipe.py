@@ -16,7 +16,7 @@ from qzo.errors import BadInput
 
 # A run may be resumed with other values of these: they decide where and how often something is written or shown,
 # and no bit of the tuned weights. `steps` is not among them: the schedule depends on it.
-_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory")
+_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload")
 # These decide in which pieces a step is measured: the same losses, but for rounding. A run that ran out of memory
 # may go on with smaller ones.
 PIECES = ("micro_batch", "stacked")
@@ -83,6 +83,7 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
     device_memory: _Positive | None = Field(None, description="GB (10^9 bytes) of a GPU that the run may use; null: all that is free")
+    offload: Literal["none", "embeddings"] = Field("none", description="what stays in host memory: the token embeddings")
     threads: _Count | None = Field(None, description="CPU threads; null: torch's own choice")
     output_dir: _Text | None = Field(None, description="folder of the run; null: runs/NAME-seedSEED")
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +79,11 @@ class Tuner:
         self.micro = recipe.micro_batch or (header["micro_batch"] if header else self.fit.micro())
         self.fit.check(self.micro)
         memory.restrict(self.fit.device, recipe.device_memory)
-        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype)
+        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
-        self.graphs = Graphs(self.optimizer, self._losses, capture and is_plain(self.loaded.model, bucket(self.max_length)))
+        self.plain = is_plain(self.loaded.model, bucket(self.max_length))
+        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row
@@ -149,7 +150,10 @@ class Tuner:
         """The step's micro-batches on the device."""
         examples, pad = self._examples(step), padding_id(self.tokenizer)
         parts = [examples[start : start + self.micro] for start in range(0, len(examples), self.micro)]
-        return [collate(part, pad).rounded().to(self.loaded.device) for part in parts]
+        batches = [collate(part, pad).rounded() for part in parts]
+        if (host := self.loaded.embedding) and self.plain:
+            batches = [replace(batch, embedded=host.rows(batch.input_ids)) for batch in batches]
+        return [batch.to(self.loaded.device) for batch in batches]
 
     def _losses(self, batches: Sequence[Batch], variants: int = 1) -> torch.Tensor:
         """The mean loss over the examples of a step's micro-batches, fp32 [variants]."""

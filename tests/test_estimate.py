@@ -18,7 +18,7 @@ from qzo.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_13B = Shapes(
-    tuple([Linear(5120, 5120)] * 4 + [Linear(13824, 5120)] * 2 + [Linear(5120, 13824)]) * 40, (32000 * 5120,) * 2 + (5120,) * 81,
+    tuple([Linear(5120, 5120)] * 4 + [Linear(13824, 5120)] * 2 + [Linear(5120, 13824)]) * 40, {"model.embed_tokens.weight": 32000 * 5120, "lm_head.weight": 32000 * 5120, "norms": 81 * 5120},
     GptqConfig(4, 128),
     {"hidden_size": 5120, "num_attention_heads": 40, "intermediate_size": 13824, "num_hidden_layers": 40, "vocab_size": 32000},
 )  # fmt: skip

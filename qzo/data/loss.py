@@ -30,8 +30,8 @@ def option_scores(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def _scores(model: PreTrainedModel, batch: Batch, variants: int) -> torch.Tensor:
-    input_ids = batch.input_ids.repeat(variants, 1)
-    hidden = decode(model, input_ids)
+    embedded = None if batch.embedded is None else batch.embedded.repeat(variants, 1, 1)
+    hidden = decode(model, batch.input_ids.repeat(variants, 1), embedded)
     hidden = hidden.reshape(variants, -1, hidden.shape[-1]).index_select(1, batch.positions)  # [V, P, width]
     head = model.get_output_embeddings()
     log_probs = torch.zeros(variants, *batch.pair_token.shape, device=hidden.device)  # [V, B, C, L]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qzo.errors import BadInput
+from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
@@ -26,6 +27,7 @@ class LoadedModel:
     layers: dict[str, QuantLinear]
     device: torch.device
     dtype: torch.dtype
+    embedding: HostEmbedding | None = None
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
@@ -162,10 +164,24 @@ def _swap_quantized(
     return layers
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype) -> HostEmbedding:
+    """Put the token embeddings into host memory. Raises BadInput where the head is the same tensor."""
+    old = model.get_input_embeddings()
+    if model.config.tie_word_embeddings:
+        raise BadInput("offload", "embeddings that the head of this model shares", "a head of its own", "Use offload=none.")
+    name = next(name for name, module in model.named_modules() if module is old)
+    value = folder.read(f"{name}.weight")
+    if value.shape != old.weight.shape:
+        raise BadInput(f"{folder.path}, {name}.weight", f"shape {list(value.shape)}", f"{list(old.weight.shape)}")
+    model.set_input_embeddings(kept := HostEmbedding(value.to(dtype, copy=True), device))
+    return kept
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: str = "none") -> LoadedModel:
     """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
 
-    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32).
+    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: none, or
+    embeddings, which then stay in host memory.
     Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
@@ -174,10 +190,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     kind = pick_dtype(dtype, where)
     model = skeleton(folder)
     layers = _swap_quantized(model, folder, config, where, kind) if config else {}
+    embedding = _keep_embeddings(model, folder, where, kind) if offload == "embeddings" else None
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
     model.config.use_cache = False
-    return LoadedModel(model, folder, config, layers, where, kind)
+    return LoadedModel(model, folder, config, layers, where, kind, embedding)
