@@ -209,7 +209,7 @@ class Tuner:
         size = evaluation_size(self.train, self.micro, 2 * self.recipe.directions if self.recipe.stacked else 1)
         scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, size, shown)
         progress.close()
-        metrics.write({"after": self.optimizer.steps, "evaluation": scores})
+        metrics.write({"after": self.optimizer.steps, "evaluation": scores, "peak_memory": memory.peak(self.loaded.device)})
         return scores
 
     def snapshot(self, journal: Journal) -> None:
