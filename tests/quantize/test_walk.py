@@ -8,7 +8,7 @@ from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model, skeleton
 from qzo.quantize.resume import LayerWriter
 from qzo.quantize import gptq, quantize_model
-from qzo.quantize.walk import Walk, add_second_moment
+from qzo.quantize.walk import Walk, add_second_moment, mirror_upper
 
 
 @pytest.mark.parametrize("cols", [1, 7, 8, 37, 64])
@@ -19,6 +19,9 @@ def test_second_moment_is_that_of_brute_force(cols):
         add_second_moment(hessian, part)
     expected = sum(row[:, None] * row[None] for row in x.double())
     assert torch.allclose(hessian.triu().double(), expected.triu(), rtol=1e-5, atol=1e-5)
+    whole = hessian.triu() + hessian.triu(1).t()
+    mirror_upper(hessian)
+    assert torch.equal(hessian, whole)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "opt"])
