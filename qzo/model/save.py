@@ -80,6 +80,10 @@ class FolderWriter:
         except (OSError, SafetensorError) as error:
             raise NotWritten(path, error) from error
 
+    def _remove_parts(self) -> None:
+        for number in range(len(self._shards)):
+            self._part(number).unlink()
+
     def finish(self, config: dict, extra: dict[str, dict] | None = None) -> Path:
         """Write config.json, the index and the JSON files of `extra` (name -> object), then move the folder into place.
 
@@ -99,10 +103,10 @@ class FolderWriter:
         try:
             for name, document in documents.items():
                 (self.partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            for number, final in enumerate(finals):
-                if single and count > 1:
-                    self._part(number).unlink()
-                else:
+            if single and count > 1:
+                self._remove_parts()
+            else:
+                for number, final in enumerate(finals):
                     self._part(number).rename(self.partial / ("model.safetensors" if single else final))
             if self.out.exists():
                 self.out.rmdir()

@@ -4,6 +4,7 @@
 and the errors of its Linears. It names a shard only when that is on disk: all other files are of no use to anybody.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -58,25 +59,51 @@ class LayerWriter(FolderWriter):
 
     `layers` holds the errors of the Linears of each layer done. A `with` block that a failure ends leaves them for the
     same command, unless it would fail again (BadInput, RunFailed other than a full disk). Raises BadInput where `<out>.partial`
-    was begun with other settings; `restart` discards it. A damaged shard is done again, and all layers after it.
+    was begun with other settings; `restart` discards it; RunFailed where another process is writing it. A damaged layer is
+    done again, and all layers after it.
     """
 
     def __init__(self, out: str | Path, settings: dict[str, Any], restart: bool = False):
         self._settings, self._restart = settings, restart
         self.layers: list[list[float]] = []
         self._records: list[dict] = []
+        self._lock: int | None = None
         super().__init__(out)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         again = isinstance(error, BadInput | RunFailed) and not isinstance(error, NotWritten)
         if not self.layers or again:
             super().__exit__(kind, error, traceback)
+        self._unlock()
 
     def _prepare(self) -> None:
-        if not self._restart and (self.partial / PROGRESS).is_file():
-            self._resume()
-        if not self.layers:
-            super()._prepare()
+        try:
+            if self.partial.is_dir():
+                self._hold()
+            if not self._restart and (self.partial / PROGRESS).is_file():
+                self._resume()
+            if not self.layers:
+                super()._prepare()
+                self._hold()
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _hold(self) -> None:
+        """Keep other processes out of the folder: they would take away what is being written."""
+        self._unlock()
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFailed(str(self.partial), "another process is writing it", do="Wait for it, or choose another folder.") from error
+        except OSError:
+            pass  # a file system without locks
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _resume(self) -> None:
         """Take over the layers that are done, and remove every other file."""
@@ -96,7 +123,7 @@ class LayerWriter(FolderWriter):
                 path.rename(self._part(int(match[1]) - 1))
         for record in records:
             if not self._take(record):
-                warnings.warn(f"{self.partial}: layer {len(self.layers) + 1} is damaged; it and those after it are done again", stacklevel=2)
+                warnings.warn(f"{self.partial}: layer {len(self.layers) + 1} is damaged; it and later ones are done again", stacklevel=2)
                 break
         kept = {self._part(number).name for number in range(len(self._shards))} | {PROGRESS}
         for path in self.partial.iterdir():
@@ -151,6 +178,10 @@ class LayerWriter(FolderWriter):
         number = next(i for i, names in enumerate(self._shards) if name in names)
         with safe_open(self._part(number), framework="pt") as file:
             return file.get_tensor(name)
+
+    def _remove_parts(self) -> None:
+        (self.partial / PROGRESS).unlink()  # first: it must not name what is gone
+        super()._remove_parts()
 
     def finish(self, config: dict, extra: dict[str, dict] | None = None) -> Path:
         path = super().finish(config, extra)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,8 @@ MOMENTS = {
     "all layers done": (LayerWriter, "_write_progress", 3, True, 3),
     "rest copied": (qzo.quantize, "_copy_rest", 1, True, 3),
     "config written": (Path, "write_text", 5, True, 3),
+    "shards in one, some removed": (Path, "unlink", 3, True, 0),
+    "before the last rename": (Path, "rename", 4, False, 0),
 }  # fmt: skip
 
 
@@ -238,3 +242,39 @@ def test_restart_discards_what_is_done(half, source, whole, tmp_path):
     code, text = Child(*command(source, tmp_path / "out", "rtn", "--restart")).wait()
     assert code == 0 and "continues" not in text, text
     assert files(tmp_path / "out") == files(whole["rtn"])
+
+
+@pytest.mark.parametrize("more", [[], ["--restart"]], ids=["continue", "restart"])
+def test_two_processes_do_not_write_one_folder(more, source, whole, tmp_path, capsys):
+    arguments = command(source, tmp_path / "out", "gptq")
+    go, gone = os.pipe()
+    first = Child(*arguments, before=lambda: after_layer(1, lambda: os.read(go, 1)))
+    while not (tmp_path / "out.partial" / "progress.json").exists() and not first.ended():
+        time.sleep(0.001)
+    assert main([*arguments, *more]) == 1
+    assert "out.partial: another process is writing it" in capsys.readouterr().err
+    os.write(gone, b"x")
+    code, text = first.wait()
+    assert code == 0, text
+    assert files(tmp_path / "out") == files(whole["gptq"])
+
+
+def test_a_refusal_does_not_lock_the_folder(half, source, whole, tmp_path):
+    shutil.copytree(half / "out.partial", tmp_path / "out.partial")
+    assert main(command(source, tmp_path / "out", "gptq", "--samples", "5")) == 2
+    assert main(command(source, tmp_path / "out", "gptq")) == 0
+    assert files(tmp_path / "out") == files(whole["gptq"])
+
+
+def test_killed_at_random_moments(source, whole, tmp_path):
+    """From outside, each time a little later than before, until it comes to its end."""
+    arguments, draw, kills = command(source, tmp_path / "out", "desc_act"), random.Random(0), 0
+    while not (tmp_path / "out").exists():
+        child = Child(*arguments)
+        time.sleep(draw.uniform(0, 0.05) + 0.04 * kills)
+        child.send(signal.SIGKILL)
+        code, text = child.wait()
+        assert code in (0, -signal.SIGKILL) and "warning" not in text, text
+        kills += 1
+    assert kills > 2
+    assert files(tmp_path / "out") == files(whole["desc_act"])
