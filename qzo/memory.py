@@ -33,10 +33,10 @@ def available(device: torch.device, limit: float | None = None) -> int | None:
 
 
 def restrict(device: torch.device, limit: float | None) -> None:
-    """Let PyTorch take at most `limit` GB of a GPU from now on."""
+    """Let PyTorch take at most `limit` GB of the current GPU from now on."""
     if device.type == "cuda" and limit is not None:
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total))
 
 
 def gigabytes(size: float) -> str:
