@@ -63,6 +63,11 @@ def route_of(x: Tensor, bits: int, group_size: int, noise) -> str:
     return "fused" if _row(per_variant) else "dequantize"
 
 
+def reaches_dequantize(rows: int) -> bool:
+    """Whether up to `rows` rows of x per variant may leave the fused route."""
+    return _row(rows) is None
+
+
 def config_of(x: Tensor, rows: int, noise) -> Config:
     """The fused kernel's launch for x [M, K] and `rows` rows of the weight."""
     variants = 1 if noise is None else len(noise.eps)

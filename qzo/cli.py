@@ -18,7 +18,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
 
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
-    "quantize": "Use --device cpu, or a smaller --max-length.",
+    "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",
     "tune": "Lower micro_batch or max_length, or use device=cpu, and add --restart; with more memory, the same command continues.",
     "evaluate": "Lower --batch-size or --max-length, or use --device cpu.",
 } | dict.fromkeys(("export", "replay", "recipes", "doctor"), "Use a machine or a device with more memory.")
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_quantize(verbs: argparse._SubParsersAction) -> None:
-    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ checkpoint out")
+    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ checkpoint out; the same command continues")
     p.add_argument("model", metavar="MODEL", help="model folder, hub id, or builtin:tiny-llama")
     p.add_argument("-o", "--out", required=True, help="new folder for the quantized model")
     p.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="gptq needs --calibration (default: gptq)")
@@ -51,6 +51,7 @@ def _add_quantize(verbs: argparse._SubParsersAction) -> None:
     p.add_argument("--samples", type=int, default=128, help="calibration windows (default: 128)")
     p.add_argument("--max-length", type=int, default=512, help="tokens per calibration window (default: 512)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--restart", action="store_true", help="start over; the layers that an interrupted run has done are discarded")
     p.set_defaults(run=_quantize)
 
 
@@ -61,11 +62,14 @@ def _quantize(args: argparse.Namespace) -> None:
     shown: dict[str, Progress] = {}
 
     def progress(done: int, total: int, text: str) -> None:
-        shown.setdefault("bar", Progress("quantize", total)).update(done, at=text)
+        if "bar" not in shown:
+            shown["bar"] = Progress("quantize", total, done)
+        word, _, rest = text.partition(" ")
+        shown["bar"].update(done, **{word: rest} if word == "continues" else {"at": text})
 
     summary = quantize_model(
         args.model, args.out, args.method, args.bits, args.group_size, args.sym, args.desc_act, args.format,
-        args.calibration, args.samples, args.max_length, args.device, progress,
+        args.calibration, args.samples, args.max_length, args.device, progress, args.restart,
     )  # fmt: skip
     if "bar" in shown:
         shown["bar"].close()
@@ -92,8 +96,7 @@ def _tune(args: argparse.Namespace) -> None:
     if args.dry_run:
         from qzo.plan import plan
 
-        print(plan(recipe, name, args.restart))
-        return
+        return plan(recipe, name, args.restart)
     from qzo.report import table
     from qzo.tune import tune_model
 

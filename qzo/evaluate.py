@@ -23,7 +23,7 @@ from qzo.errors import BadInput
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
-_NEW_TOKENS = 50
+NEW_TOKENS = 50
 _WINDOWS_PER_BATCH = 4
 
 
@@ -137,9 +137,9 @@ def _evaluate_generation(
     batch_size: int,
     progress: Progress,
 ) -> dict:
-    if max_length <= _NEW_TOKENS:
-        raise BadInput("max_length", str(max_length), f"more than the {_NEW_TOKENS} tokens that may be generated")
-    prompts, truncated = encode_prompts(examples, tokenizer, max_length - _NEW_TOKENS)
+    if max_length <= NEW_TOKENS:
+        raise BadInput("max_length", str(max_length), f"more than the {NEW_TOKENS} tokens that may be generated")
+    prompts, truncated = encode_prompts(examples, tokenizer, max_length - NEW_TOKENS)
     matches, overlaps = [0.0] * len(examples), [0.0] * len(examples)
     done = 0
     for indices in _batches([len(prompt) for prompt in prompts], batch_size):
@@ -176,7 +176,7 @@ def _first_lines(
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     config = GenerationConfig(
-        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=_NEW_TOKENS,
+        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=NEW_TOKENS,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad_id,
     )  # fmt: skip
     output = model.generate(

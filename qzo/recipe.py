@@ -15,8 +15,11 @@ from qzo import plain_yaml
 from qzo.errors import BadInput
 
 # A run may be resumed with other values of these: they decide where and how often something is written or shown, or where
-# the codes are kept, and no bit of a loss or of the tuned weights. `steps` is not among them: the schedule depends on it.
-_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "offload")
+# tensors are kept, and no bit of a loss or of the tuned weights. `steps` is not among them: the schedule depends on it.
+_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload")
+# These decide in which pieces a step is measured: the same losses, but for rounding. A run that ran out of memory
+# may go on with smaller ones.
+PIECES = ("micro_batch", "stacked")
 
 # What other trainers call some keys; by spelling alone these would lead to the wrong one.
 _OTHER_NAMES = {"learning_rate": "lr", "zo_eps": "eps", "max_steps": "steps", "num_steps": "steps"}
@@ -65,7 +68,7 @@ class Recipe(BaseModel):
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
     steps: _Count = Field(description="steps of the run")
     batch_size: _Count = Field(16, description="examples per step")
-    micro_batch: _Count | None = Field(None, description="examples per forward; null: the whole batch")
+    micro_batch: _Count | None = Field(None, description="examples per forward; null: as many of the batch as the memory holds")
     directions: int = Field(1, ge=1, le=64, description="directions per step, averaged")
     clip: _Positive | None = Field(None, description="bound on |d|, the projected gradient")
     clip_median: _Positive | None = Field(None, description="bound on |d| as a multiple of its running median")
@@ -79,7 +82,10 @@ class Recipe(BaseModel):
     log_every: _Count = Field(10, description="steps between log lines")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
-    offload: Literal["none", "codes"] = Field("none", description="codes: in host memory, streamed to the GPU; needs stacked")
+    device_memory: _Positive | None = Field(None, description="GB (10^9 bytes) of a GPU that the run may use; null: all that is free")
+    offload: Literal["none", "embeddings", "codes"] = Field(
+        "none", description="what stays in host memory: the token embeddings; codes: also the codes, streamed to the GPU (needs stacked)"
+    )
     threads: _Count | None = Field(None, description="CPU threads; null: torch's own choice")
     output_dir: _Text | None = Field(None, description="folder of the run; null: runs/NAME-seedSEED")
 
@@ -134,11 +140,11 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` of two dumped recipes, without the keys in _FREE_KEYS."""
+    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change."""
     lines = []
     for key in {**old, **new}:
         same = key in old and key in new and old[key] == new[key]
-        if not same and key not in _FREE_KEYS:
+        if not same and key not in _FREE_KEYS + PIECES:
             before, after = (_show(side[key]) if key in side else "absent" for side in (old, new))
             lines.append(f"{key}: {before} -> {after}")
     return lines

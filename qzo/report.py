@@ -22,7 +22,7 @@ def results(folder: RunFolder) -> dict[str, Any]:
     return {
         "before": evaluations.get(0), "after": evaluations.get(max(evaluations, default=0)),
         "steps": len(steps), "forwards": last.get("forwards", 0), "seconds": last.get("seconds", 0.0),
-        "peak_memory": last.get("peak_memory", 0), "skipped": sum(m["skipped"] for m in steps),
+        "peak_memory": max((m.get("peak_memory", 0) for m in lines), default=0), "skipped": sum(m["skipped"] for m in steps),
     }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def build_optimizer(recipe: Recipe, targets: Sequence[Target]) -> ZO:
 
 
 def make_header(
-    recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequence[Target], data_sha256: str
+    recipe: Recipe, name: str, loaded: LoadedModel, targets: Sequence[Target], data_sha256: str, micro_batch: int
 ) -> dict[str, Any]:
     """All that a replay needs besides the base model's folder, and what the run was made with."""
     groups = [
@@ -138,7 +138,7 @@ def make_header(
         "noise": {"version": NOISE_VERSION, "distribution": recipe.noise,
                   "bit_exact": "on every device" if recipe.noise == "rademacher" else "on one kind of device"},
         "data_sha256": data_sha256, "seed": recipe.seed, "directions": recipe.directions, "count": recipe.directions * len(targets),
-        "groups": groups, "micro_batch": recipe.micro_batch or recipe.batch_size,
+        "groups": groups, "micro_batch": micro_batch,
         "threads": torch.get_num_threads(), "device": device_name(loaded.device), "dtype": str(loaded.dtype),
         "versions": versions(),
     }  # fmt: skip
@@ -262,7 +262,7 @@ def load_run(
     """The tuned model of a run, its targets and the number of steps applied."""
     header, _ = read_run(path)
     recipe = recipe_of(header, path)
-    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload == "codes")
+    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload)
     steps, state = tuned_state(path, loaded.folder, loaded.device, to)
     targets = build_targets(recipe, loaded)
     for target in targets:

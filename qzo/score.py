@@ -7,12 +7,12 @@ from typing import Any
 from qzo.data.tasks import get_task, load_examples
 from qzo.errors import BadInput
 from qzo.evaluate import evaluate_task, perplexity
+from qzo.inputs import task_of
 from qzo.model.files import BUILTIN, resolve
 from qzo.model.load import load_model
 from qzo.progress import Progress
 from qzo.recipe import Recipe, load_recipe
 from qzo.run import is_run, load_run, read_run, recipe_of
-from qzo.tune import task_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,19 @@ import torch
 from qzo import memory
 from qzo.checkpoint import newest_snapshot, state_hash, write_snapshot
 from qzo.data.batches import Batch, batch_indices, bucket, collate
-from qzo.data.encode import Encoded, encode_examples, fingerprint, padding_id
+from qzo.data.encode import Encoded, fingerprint, padding_id
 from qzo.data.loss import per_example_loss
-from qzo.data.tasks import Example, Task, get_task, load_examples
 from qzo.disk import disk_error
-from qzo.errors import BadInput, Interrupted, RunFailed
+from qzo.errors import BadInput, Interrupted, OutOfMemory, RunFailed
 from qzo.evaluate import evaluate_task
+from qzo.fit import Fit, evaluation_size
+from qzo.inputs import load_data, quantized_folder
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
-from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig, read_config
-from qzo.model.load import LoadedModel, load_model, load_tokenizer, skeleton
+from qzo.model.load import LoadedModel, load_model, load_tokenizer
 from qzo.progress import Progress
-from qzo.recipe import Recipe, to_yaml
+from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
 from qzo.run import build_optimizer, build_targets, check_base, check_data, claim, device_name, keep_aside, make_header, replay
 from qzo.signals import StopSignals
@@ -39,33 +38,6 @@ from qzo.zo.optimizer import Measured
 from qzo.zo.schedule import schedule
 
 MAX_SKIPPED = 10
-
-
-def task_of(recipe: Recipe) -> Task:
-    return get_task(recipe.task, recipe.prompt, recipe.choices, recipe.label, recipe.completion)
-
-
-def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
-    """The model's folder and its quantization. Raises BadInput for a recipe or a model that cannot be tuned."""
-    if recipe.stacked and recipe.dense:
-        raise BadInput("recipe, stacked", "true together with dense: true", "one of the two", "Set stacked=false.")
-    folder = Folder(recipe.model)
-    config = read_config(folder)
-    if config is None:
-        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
-                       f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
-    skeleton(folder)
-    return folder, config
-
-
-def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
-    """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
-    task = task_of(recipe)
-    train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples)
-    encoded, truncated = encode_examples(train, tokenizer, max_length)
-    if truncated:
-        print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={max_length})", file=sys.stderr)
-    return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples), task
 
 
 @dataclass
@@ -91,7 +63,7 @@ class Tuner:
     def __init__(self, recipe: Recipe, name: str, command: str, restart: bool = False, capture: bool = True):
         self.recipe, self.command, self.restart = recipe, command, restart
         self.folder, header = claim(recipe, name, restart)
-        model, _ = quantized_folder(recipe)
+        model, quantization = quantized_folder(recipe)
         if header:
             check_base(model, header)
         self.tokenizer = load_tokenizer(model)
@@ -103,20 +75,28 @@ class Tuner:
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
-        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload == "codes")
+        self.fit = Fit(recipe, model, quantization, self.train, self.task.generation)
+        self.micro = recipe.micro_batch or (header["micro_batch"] if header else self.fit.micro())
+        self.fit.check(self.micro)
+        memory.restrict(self.fit.device, recipe.device_memory)
+        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
-        capture = capture and is_plain(self.loaded.model, bucket(self.max_length))
-        self.graphs = Graphs(self.optimizer, self._losses, capture, self.loaded.rest)
+        self.plain = is_plain(self.loaded.model, bucket(self.max_length))
+        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain, self.loaded.rest)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row
-        self.header = header or make_header(recipe, name, self.loaded, self.targets, examples)
+        self.header = header or make_header(recipe, name, self.loaded, self.targets, examples, self.micro)
         here = f"{device_name(self.loaded.device)}, {self.loaded.dtype}, torch {torch.__version__}"
         there = f"{self.header['device']}, {self.header['dtype']}, torch {self.header['versions']['torch']}"
         if here != there:
             print(f"warning: the run began on {there} and goes on on {here}: it replays all the same, "
                   "but other losses will be measured than there", file=sys.stderr)  # fmt: skip
+        began = self.header["recipe"] | {"micro_batch": self.header["micro_batch"]}
+        for key, value in {"micro_batch": self.micro, "stacked": recipe.stacked}.items():
+            if value != began[key]:
+                print(f"warning: {key} was {began[key]} and is {value} from here on: the same losses, but for rounding", file=sys.stderr)
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: value for target in self.targets for name, value in target.state().items()}
@@ -169,9 +149,11 @@ class Tuner:
     def _batch(self, step: int) -> list[Batch]:
         """The step's micro-batches on the device."""
         examples, pad = self._examples(step), padding_id(self.tokenizer)
-        size = self.recipe.micro_batch or len(examples)
-        parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        return [collate(part, pad).rounded().to(self.loaded.device) for part in parts]
+        parts = [examples[start : start + self.micro] for start in range(0, len(examples), self.micro)]
+        batches = [collate(part, pad).rounded() for part in parts]
+        if (host := self.loaded.embedding) and self.plain:
+            batches = [replace(batch, embedded=host.rows(batch.input_ids)) for batch in batches]
+        return [batch.to(self.loaded.device) for batch in batches]
 
     def _losses(self, batches: Sequence[Batch], variants: int = 1) -> torch.Tensor:
         """The mean loss over the examples of a step's micro-batches, fp32 [variants]."""
@@ -224,10 +206,10 @@ class Tuner:
             stop.check()
             progress.update(done)
 
-        size = self.recipe.micro_batch or max(self.recipe.batch_size, 32)
+        size = evaluation_size(self.train, self.micro, 2 * self.recipe.directions if self.recipe.stacked else 1)
         scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, size, shown)
         progress.close()
-        metrics.write({"after": self.optimizer.steps, "evaluation": scores})
+        metrics.write({"after": self.optimizer.steps, "evaluation": scores, "peak_memory": memory.peak(self.loaded.device)})
         return scores
 
     def snapshot(self, journal: Journal) -> None:
@@ -248,12 +230,20 @@ class Tuner:
                 self.settle(journal, metrics)
                 self.snapshot(journal)
                 raise
-            except Exception:
+            except Exception as error:
                 # Where these fail too, the first error is the one to show.
                 with suppress(Exception):
                     self.settle(journal, metrics)
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise self._out_of_memory(error) from error
                 raise
         return write_report(self.folder, self.header, self.command, state_hash(self._state()))
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        room = f", {memory.gigabytes(self.fit.available)} available" if self.fit.available else ""
+        given = f"out of memory ({str(error).splitlines()[0]}); {memory.gigabytes(self.fit.estimate(self.micro).peak)} estimated{room}"
+        do = f"Lower it: {self.fit.advice(self.micro) or 'max_length, with --restart'}."
+        return OutOfMemory(str(self.folder.path), given, "", f"{do} The same command continues the run, also with another {' or '.join(PIECES)}.")
 
     def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}

@@ -288,3 +288,12 @@ def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
     assert document["offload"] == bool(more) == bool(bus) and (not bus or 0 < bus[1] == 2 * bus[0])
     assert document["must_show"][0]["size"] == "2x16" and "dequantize" in document["profile"]["ours, stacked"]["ms"]
     assert "of two forwards" in capsys.readouterr().out
+
+
+def test_bench_memory_runs_what_it_compares(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "memory.json"
+    monkeypatch.setattr(sys, "argv", ["bench_memory", "--models", str(tmp_path), "--only", "tiny", "--steps", "3", "--out", str(out)])
+    script("bench_memory").main()
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["exit"] == 0 and row["peak_gb"] > 0.1 and row["ms_per_step"] > 0 and row["estimate_gb"] == 0.0, "a model of kilobytes"
+    assert not (tmp_path / "tiny-w4").exists() and "tiny" in capsys.readouterr().out

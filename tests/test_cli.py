@@ -1,10 +1,10 @@
 """The command line itself: help that is fast, and what each verb prints."""
 
 import json
-import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ import torch
 from tiny_runs import write_recipe
 
 from qzo.cli import main
+from qzo.estimate import Shapes, Work, estimate
 from qzo.model.files import Folder
+from qzo.model.gptq_format import read_config
 from qzo.recipe import shipped
 
 VERBS = ("quantize", "tune", "evaluate", "export", "replay", "recipes", "doctor")
@@ -79,7 +81,7 @@ def test_dry_run_prints_and_writes_nothing(recipe, tmp_path, llama4, capsys):
     out, err = capsys.readouterr()
     assert sorted(path.name for path in tmp_path.rglob("*")) == before and not err
     for text in ("seed: 7", f"run folder: {tmp_path}/run (new)", "4 bits, group 32, gptq", "48 training examples (1 rows",
-                 "6 steps, 48 example-forwards", "codes", "scales", "activations come on top"):  # fmt: skip
+                 "6 steps, 48 example-forwards, 4 examples at a time", "codes", "scales", "activations", "together", "lower it most"):  # fmt: skip
         assert text in out
     assert main(["tune", recipe]) == 0
     capsys.readouterr()
@@ -90,22 +92,23 @@ def test_dry_run_prints_and_writes_nothing(recipe, tmp_path, llama4, capsys):
 
 
 def test_dry_run_with_codes_in_host_memory(llama4, sentiment, tmp_path, monkeypatch, capsys):
-    """On a GPU: two layers' codes there (all of the only layer's, twice), and what crosses the bus in a step of two micro-batches."""
-    monkeypatch.setattr("qzo.plan.pick_device", torch.device)
-    monkeypatch.setattr("qzo.plan.gigabytes", lambda size: f"{size} bytes")
-    recipe = write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, stacked=True, micro_batch=2, device="cuda")
-    codes = sum(4 * math.prod(shape) for name, shape in shapes(llama4) if name.endswith("qweight"))
+    """On a GPU: what crosses the bus in a step of two micro-batches, and two layers' codes there (all of the only layer's, twice)."""
+    monkeypatch.setattr("qzo.fit.pick_device", torch.device)
+    monkeypatch.setattr("qzo.fit.available", lambda *_: None)
+    for module in ("plan", "fit"):
+        monkeypatch.setattr(f"qzo.{module}.gigabytes", lambda size: f"{size} bytes")
+    recipe = write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, stacked=True, micro_batch=2, device="cuda", dtype="bf16")
+    folder = Folder(str(llama4))
+    shapes = Shapes.of(folder, read_config(folder))
+    codes = sum(map(shapes.code_bytes, shapes.linears))
+    assert codes and {linear.layer for linear in shapes.linears} == {0}
     for offload, device in (("none", "cuda"), ("codes", "cpu"), ("codes", "cuda")):
         assert main(["tune", recipe, "--dry-run", f"offload={offload}", f"device={device}"]) == 0
         out = capsys.readouterr().out
         there = (offload, device) == ("codes", "cuda")
-        assert f"memory of the weights: codes {2 * codes if there else codes} bytes" in out
         assert (f"codes in host memory: {codes} bytes; {2 * codes} bytes cross the bus in a step" in out) == there == ("bus" in out.split("run folder")[1])
-
-
-def shapes(folder):
-    found = Folder(str(folder))
-    return [(name, found.shape(name)) for name in found.tensors]
+        found = estimate(replace(shapes, streamed=there), Work(2, 16, 2), Work(2, 16, 2), torch.bfloat16, "cuda").phases["load"]["codes"]
+        assert found == (2 * codes if there else codes)
 
 
 def test_tune_shows_progress_and_ends_with_a_table(recipe, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 import random
 
 from qzo import plain_yaml
-from qzo.recipe import Recipe, diff, load_recipe, to_yaml
+from qzo.recipe import PIECES, Recipe, diff, load_recipe, to_yaml
 
 TEXTS = ["1e5", "yes", "null", "~", "2024-01-01", "010", "1:30", "{a}: {b}", " leading", "line\nbreak", "# no", "é漢😀",
          "'", '"', "\\", "- a", "true", ".inf", "1_000", "=", "<<", "\t", "a\r\nb", "\x85", "a\u2028b\u2029", "\ufeffx",
@@ -42,7 +42,7 @@ def test_random_recipes_survive_yaml_json_and_overrides(tmp_path):
 def test_diff_of_random_recipes():
     """Exactly the keys that differ and that change results; none in a recipe and itself."""
     rng = random.Random(1)
-    free = {"output_dir", "log_every", "save_every", "eval_every", "offload"}
+    free = {"output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload", *PIECES}
     for _ in range(60):
         old, new = random_recipe(rng).model_dump(), random_recipe(rng).model_dump()
         assert diff(old, old) == []

@@ -43,6 +43,7 @@ class Batch:
     option_mask: torch.Tensor  # bool [B, C]
     labels: torch.Tensor  # i64 [B]
     tokens: int  # without padding
+    embedded: torch.Tensor | None = None  # [R, T, H], where the embeddings are looked up on the host
 
     @property
     def examples(self) -> int:

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from qzo.data.batches import Batch
 from qzo.model.decoder import decode
 
-_HEAD_POSITIONS = 2048  # positions per call of the head: bounds the logits at 2048 x vocabulary
+HEAD_POSITIONS = 2048  # positions per call of the head: bounds the logits at 2048 x vocabulary
 
 
 def per_example_loss(model: PreTrainedModel, batch: Batch, variants: int = 1) -> torch.Tensor:
@@ -30,12 +30,12 @@ def option_scores(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def _scores(model: PreTrainedModel, batch: Batch, variants: int) -> torch.Tensor:
-    input_ids = batch.input_ids.repeat(variants, 1)
-    hidden = decode(model, input_ids)
+    embedded = None if batch.embedded is None else batch.embedded.repeat(variants, 1, 1)
+    hidden = decode(model, batch.input_ids.repeat(variants, 1), embedded)
     hidden = hidden.reshape(variants, -1, hidden.shape[-1]).index_select(1, batch.positions)  # [V, P, width]
     head = model.get_output_embeddings()
     log_probs = torch.zeros(variants, *batch.pair_token.shape, device=hidden.device)  # [V, B, C, L]
-    size = max(1, _HEAD_POSITIONS // variants)
+    size = max(1, HEAD_POSITIONS // variants)
     for start in range(0, hidden.shape[1], size):
         logits = head(hidden[:, start : start + size]).float()  # [V, at most size, vocabulary]
         place = batch.pair_position - start

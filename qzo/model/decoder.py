@@ -28,15 +28,15 @@ def is_plain(model: nn.Module, length: int) -> bool:
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()))
 
 
-def decode(model: nn.Module, input_ids: Tensor) -> Tensor:
+def decode(model: nn.Module, input_ids: Tensor, embedded: Tensor | None = None) -> Tensor:
     """Hidden states [R, T, H] after the final norm, for input_ids int64 [R, T] whose rows are padded on the right.
 
-    Causal without a mask: what stands in a padded place reaches no place before it.
+    embedded [R, T, H]: their embeddings, where they are at hand. Causal without a mask: what stands in a padded place reaches no place before it.
     """
     decoder = model.get_decoder()
     if not is_plain(model, input_ids.shape[1]):
         return decoder(input_ids=input_ids, use_cache=False)[0]
-    hidden = decoder.embed_tokens(input_ids)
+    hidden = decoder.embed_tokens(input_ids) if embedded is None else embedded
     cos, sin = _tables(decoder.rotary_emb, hidden)
     normed, hidden = _norm(decoder.layers[0].input_layernorm, hidden)
     following = [*(layer.input_layernorm for layer in decoder.layers[1:]), decoder.norm]

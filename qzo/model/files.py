@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qzo.errors import BadInput, RunFailed
+from qzo.errors import BadInput
+from qzo.model.save import NotWritten
 
 BUILTIN = "builtin:"
 SIDE_FILES = (
@@ -177,4 +178,4 @@ class Folder:
         try:
             shutil.copyfile(source, target)
         except OSError as error:  # it would name the source
-            raise RunFailed(str(target), f"cannot be written ({error.strerror})", "free space", "Free some and start again.") from error
+            raise NotWritten(target, error) from error

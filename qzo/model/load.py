@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qzo.errors import BadInput
+from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
@@ -30,6 +31,7 @@ class LoadedModel:
     layers: dict[str, QuantLinear]
     device: torch.device
     dtype: torch.dtype
+    embedding: HostEmbedding | None = None
     stream: CodeStream | None = None
 
     def tokenizer(self) -> Any:
@@ -174,23 +176,38 @@ def _swap_quantized(
     return layers
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: bool = False) -> LoadedModel:
+def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype) -> HostEmbedding:
+    """Put the token embeddings into host memory. Raises BadInput where the head is the same tensor."""
+    old = model.get_input_embeddings()
+    if model.config.tie_word_embeddings:
+        raise BadInput("offload", "embeddings that the head of this model shares", "a head of its own", "Use offload=none.")
+    name = next(name for name, module in model.named_modules() if module is old)
+    value = folder.read(f"{name}.weight")
+    if value.shape != old.weight.shape:
+        raise BadInput(f"{folder.path}, {name}.weight", f"shape {list(value.shape)}", f"{list(old.weight.shape)}")
+    model.set_input_embeddings(kept := HostEmbedding(value.to(dtype, copy=True), device))
+    return kept
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: str = "none") -> LoadedModel:
     """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
 
-    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32).
-    offload: the codes of the decoder layers stay in host memory, and a GPU holds those of two layers; on a CPU nothing changes.
+    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
+    memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.
     Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
     config = read_config(folder)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model, offload = skeleton(folder), offload and where.type == "cuda"
-    layers = _swap_quantized(model, folder, config, where, kind, offload) if config else {}
+    model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
+    layers = _swap_quantized(model, folder, config, where, kind, streamed) if config else {}
+    kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
+    embedding = _keep_embeddings(model, folder, where, kind) if kept else None
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
     model.config.use_cache = False
-    return LoadedModel(model, folder, config, layers, where, kind, stream_codes(model, where) if offload else None)
+    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None)

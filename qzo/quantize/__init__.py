@@ -1,79 +1,104 @@
 """A 16-bit model folder in, a GPTQ checkpoint out."""
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qzo.errors import BadInput, OutOfMemory
+from qzo.signals import StopSignals
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from qzo.model.files import Folder
     from qzo.model.gptq_format import GptqConfig
     from qzo.model.save import FolderWriter
+    from qzo.quantize.resume import LayerWriter
+    from qzo.quantize.walk import Walk
 
 METHODS = ("gptq", "rtn")
 FORMATS = ("gptq", "gptq_v2")
+KEPT = "The layers that are done are kept; the same command continues."
 
 
 def quantize_model(
     model: str, out: str | Path, method: str = "gptq", bits: int = 4, group_size: int = 128, sym: bool = True,
     desc_act: bool = False, format: str = "gptq", calibration: str | None = None, samples: int = 128,
-    max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None,
+    max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None, restart: bool = False,
 ) -> dict:  # fmt: skip
     """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
 
     One layer at a time is in memory. GPTQ reads `samples` windows of `max_length` tokens (at most the model's
-    context) from `calibration`; rtn needs none. `progress(linears done, in all, text)` is called after each set of
-    Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error}: the relative error of the
+    context) from `calibration`; rtn needs none. `progress(linears done, in all, text)` is called first and after each set
+    of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error}: the relative error of the
     Linears' outputs on the calibration inputs, of their weights for rtn. Raises BadInput for what cannot be
     quantized, before any work.
-    """
-    import torch
 
+    A call that was killed, interrupted or out of memory or disk space leaves the layers that it finished in
+    `<out>.partial`; the same call continues after them, and writes the same tensors as one that nothing disturbed.
+    With other settings it raises BadInput; `restart` discards them.
+    """
     from qzo.model.files import Folder
     from qzo.model.load import load_tokenizer, pick_device, pick_dtype, skeleton
-    from qzo.model.save import FolderWriter
     from qzo.quantize.calibration import load_windows
+    from qzo.quantize.resume import LayerWriter, settings_of
     from qzo.quantize.walk import Walk
 
     begin = time.monotonic()
     config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length)
     folder = Folder(model)
     where = pick_device(device)
+    dtype = pick_dtype("auto", where)
     network = skeleton(folder)
     names = _check_model(folder, network, config)
     windows = None
     if method == "gptq":
         length = min(max_length, getattr(network.config, "max_position_embeddings", max_length))
         windows = load_windows(calibration, load_tokenizer(folder), samples, length, network.config.vocab_size)
-    writer = FolderWriter(out)
-    errors: list[float] = []
-
-    def report(done: list[str], error: float) -> None:
-        errors.extend([error] * len(done))
-        if progress:
-            leaves = " ".join(name.rpartition(".")[2] for name in done)
-            progress(len(errors), len(names), f"{done[0].rpartition('.')[0]} {leaves}: error {error:.4f}")
-
-    try:
-        Walk(network, folder, config, where, pick_dtype("auto", where)).run(windows, writer, report)
-        _copy_rest(folder, network, names, writer)
-        folder.copy_side_files(writer.partial)
-        document = config.to_dict()
-        path = writer.finish({**folder.config, "quantization_config": document}, {"quantize_config.json": document})
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory("quantize", str(error).splitlines()[0], "", "Use device=cpu, or a smaller max_length.") from error
-    finally:
-        shutil.rmtree(writer.partial, ignore_errors=True)
+    with LayerWriter(out, settings_of(folder, config, method, windows, where.type, str(dtype)), restart) as writer:
+        walk = Walk(network, folder, config, where, dtype)
+        path = _write(walk, windows, names, writer, progress or (lambda *_: None))
+    errors = [error for layer in writer.layers for error in layer]
     return {
         "linears": len(names), "seconds": time.monotonic() - begin,
         "bytes_before": _weight_bytes(folder.path), "bytes_after": _weight_bytes(path),
         "mean_relative_error": sum(errors) / len(errors),
     }  # fmt: skip
+
+
+def _write(
+    walk: "Walk", windows: "Tensor | None", names: list[str], writer: "LayerWriter", progress: Callable[[int, int, str], None]
+) -> Path:  # fmt: skip
+    """The whole folder. A signal stops before the next set of Linears."""
+    import torch
+
+    done = sum(map(len, writer.layers))
+    layers = f"{len(writer.layers)} of {len(walk.layers)}"
+    progress(done, len(names), f"continues after layer {layers}" if done else f"layer 1 of {len(walk.layers)}")
+
+    def report(linears: list[str], error: float) -> None:
+        nonlocal done
+        done += len(linears)
+        leaves = " ".join(name.rpartition(".")[2] for name in linears)
+        progress(done, len(names), f"{linears[0].rpartition('.')[0]} {leaves}: error {error:.4f}")
+
+    def check() -> None:
+        stop.do = KEPT if writer.layers else "No layer was done."
+        stop.check()
+
+    with StopSignals(str(writer.out), "No layer was done.") as stop:
+        try:
+            walk.run(windows, writer, report, check)
+        except torch.OutOfMemoryError as error:
+            do = "Use device=cpu, or a smaller max_length" + (f", with restart. {KEPT}" if writer.layers else ".")
+            raise OutOfMemory("quantize", str(error).splitlines()[0], "", do) from error
+        check()
+        _copy_rest(walk.folder, walk.model, names, writer)
+        walk.folder.copy_side_files(writer.partial)
+        check()
+        document = walk.config.to_dict()
+        return writer.finish({**walk.folder.config, "quantization_config": document}, {"quantize_config.json": document})
 
 
 def _settings(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig, pack_zeros
+from qzo.model.gptq_format import GptqConfig, pack_zeros, unpack_zeros
 from qzo.model.load import _computed_buffers, fill, release
 from qzo.model.save import FolderWriter
 from qzo.quantize import gptq, rtn
 from qzo.quantize.grid import Quantized
-from qzo_kernels.pack import pack_codes
+from qzo.quantize.resume import LayerWriter
+from qzo_kernels.pack import pack_codes, unpack_codes
 
 TOKENS_AT_ONCE = 4096
 
@@ -51,26 +52,50 @@ class Walk:
         self.prefix, self.layers = decoder_layers(model)
 
     @torch.no_grad()
-    def run(self, windows: Tensor | None, writer: FolderWriter, report: Callable[[list[str], float], None]) -> None:
-        if windows is not None:
-            hidden, kwargs = self._first_inputs(windows)
+    def run(
+        self, windows: Tensor | None, writer: LayerWriter, report: Callable[[list[str], float], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Quantize the layers that `writer` does not hold yet; `check` is called before every set, and may raise."""
+        done = len(writer.layers)
+        if done == len(self.layers):
+            return
+        hidden, kwargs = ([], []) if windows is None else self._first_inputs(windows)
         for index, layer in enumerate(self.layers):
             name = f"{self.prefix}.{index}"
-            if windows is None:
-                for linear in linears(layer):
-                    self._quantize(name, layer, [linear], None, writer, report)
-                continue
-            fill(self.model, self.folder, self.device, self.dtype, f"{name}.")
-            for subset in _subsets(layer, hidden[0].to(self.device), kwargs[index]):
-                hessian = self._hessian(layer, subset[0], hidden, kwargs[index])
-                if not bool(torch.isfinite(hessian.diagonal()).all()):
-                    raise RunFailed(f"{name}.{subset[0]}", "activations that are not finite", "finite ones",
-                                    "Check the model's weights and the calibration text.")  # fmt: skip
-                self._quantize(name, layer, subset, hessian, writer, report)
-                del hessian
+            if windows is not None:
+                fill(self.model, self.folder, self.device, self.dtype, f"{name}.")
+            check()
+            if index >= done:
+                errors: list[float] = []
+                for subset, hessian in self._sets(name, layer, hidden, kwargs[index] if kwargs else None):
+                    check()
+                    error = self._quantize(name, layer, subset, hessian, writer)
+                    del hessian  # before the next is made
+                    errors += [error] * len(subset)
+                    report([f"{name}.{linear}" for linear in subset], error)
+                writer.end_layer(errors)
+            elif windows is not None:
+                self._restore(name, layer, writer)
             for i, part in enumerate(hidden):
                 hidden[i] = _forward(layer, part.to(self.device), kwargs[index]).cpu()
             release(layer)
+
+    def _sets(
+        self, name: str, layer: nn.Module, hidden: list[Tensor], kwargs: dict | None
+    ) -> Iterator[tuple[list[str], Tensor | None]]:
+        """Linears of one input and its second moment, made when it is asked for; one by one without calibration."""
+        if kwargs is None:
+            yield from (([linear], None) for linear in linears(layer))
+            return
+        for subset in _subsets(layer, hidden[0].to(self.device), kwargs):
+            yield subset, self._hessian(name, layer, subset[0], hidden, kwargs)
+
+    def _restore(self, name: str, layer: nn.Module, writer: LayerWriter) -> None:
+        """Put the Ŵ of a layer that is done into it: the values that it was left with."""
+        for linear in linears(layer):
+            weight = layer.get_submodule(linear).weight
+            weight.copy_(read_linear(writer, f"{name}.{linear}", *weight.shape, self.config, self.device).dequantize())
 
     def _first_inputs(self, windows: Tensor) -> tuple[list[Tensor], list[dict]]:
         """The first layer's inputs, on the CPU, some windows at a time; and every layer's keyword arguments."""
@@ -110,7 +135,7 @@ class Walk:
             release(child)
         return hidden, kwargs
 
-    def _hessian(self, layer: nn.Module, linear: str, hidden: list[Tensor], kwargs: dict) -> Tensor:
+    def _hessian(self, name: str, layer: nn.Module, linear: str, hidden: list[Tensor], kwargs: dict) -> Tensor:
         """XᵀX / rows, fp32 [K, K], of all the inputs of a Linear."""
         module = layer.get_submodule(linear)
         hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
@@ -130,20 +155,26 @@ class Walk:
             except _Seen:
                 pass
         handle.remove()
-        return (hessian.triu() + hessian.triu(1).t()) / rows
+        if not bool(torch.isfinite(hessian.diagonal()).all()):
+            raise RunFailed(f"{name}.{linear}", "activations that are not finite", "finite ones",
+                            "Check the model's weights and the calibration text.")  # fmt: skip
+        mirror_upper(hessian.div_(rows))
+        return hessian
 
     def _quantize(
-        self, name: str, layer: nn.Module, subset: list[str], hessian: Tensor | None,
-        writer: FolderWriter, report: Callable[[list[str], float], None],
-    ) -> None:  # fmt: skip
-        """Quantize Linears of one input as one weight (rows are independent), write them, and put Ŵ into the layer."""
+        self, name: str, layer: nn.Module, subset: list[str], hessian: Tensor | None, writer: FolderWriter
+    ) -> float:
+        """Quantize Linears of one input as one weight (rows are independent), write them, and put Ŵ into the layer.
+
+        Returns the relative error.
+        """
         names = [f"{name}.{linear}" for linear in subset]
         weights = []
         for full in names:
             weights.append(self.folder.read(f"{full}.weight").to(self.device, torch.float32))
             if not bool(torch.isfinite(weights[-1]).all()):
                 raise BadInput(f"{self.folder.path}, {full}.weight", "infinities or NaN", "finite weights")
-        weight = torch.cat(weights)
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         method = rtn if hessian is None else gptq
         result = method.quantize_weight(weight, self.config, hessian)
         restored = result.dequantize()
@@ -154,7 +185,7 @@ class Walk:
             write_linear(writer, full, rows, result, self.config)
             if hessian is not None:
                 layer.get_submodule(linear).weight.copy_(restored[rows])
-        report(names, _relative_error(weight, restored, hessian))
+        return _relative_error(weight, restored, hessian)
 
 
 def add_second_moment(hessian: Tensor, x: Tensor) -> None:
@@ -162,6 +193,15 @@ def add_second_moment(hessian: Tensor, x: Tensor) -> None:
     step = -(-x.shape[1] // 8)
     for a in range(0, x.shape[1], step):
         hessian[a : a + step, a:].addmm_(x[:, a : a + step].t(), x[:, a:])
+
+
+def mirror_upper(matrix: Tensor) -> None:
+    """Make a square matrix symmetric by its upper triangle, in place: a copy of K = 13824 is 0.76 GB."""
+    step = -(-len(matrix) // 8)
+    for a in range(0, len(matrix), step):
+        b = min(a + step, len(matrix))
+        matrix[a:b, a:b] = matrix[a:b, a:b].triu() + matrix[a:b, a:b].triu(1).t()
+        matrix[b:, a:b] = matrix[a:b, b:].t()
 
 
 def _forward(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
@@ -206,3 +246,11 @@ def write_linear(writer: FolderWriter, name: str, rows: slice, result: Quantized
     writer.add(f"{name}.qzeros", pack_zeros(zeros, config, name))
     writer.add(f"{name}.scales", result.scales[rows].t().half())
     writer.add(f"{name}.g_idx", result.g_idx)
+
+
+def read_linear(writer: LayerWriter, name: str, rows: int, cols: int, config: GptqConfig, device: torch.device) -> Quantized:
+    """What `write_linear` was given for one Linear of a layer that is done, bit for bit."""
+    codes = unpack_codes(writer.read(f"{name}.qweight").t().contiguous(), config.bits, cols)
+    zeros = unpack_zeros(writer.read(f"{name}.qzeros"), config, rows).t()
+    scales, g_idx = writer.read(f"{name}.scales").t().float(), writer.read(f"{name}.g_idx")
+    return Quantized(codes.to(device), scales.to(device), zeros.to(device), g_idx.to(device))

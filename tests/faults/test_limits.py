@@ -58,12 +58,15 @@ def test_tune(case, llama4, sentiment, finished, tmp_path):
     assert (run / "loss.png").stat().st_size > 12000
 
 
-@pytest.mark.parametrize("size", [1000, 30_000])
-def test_quantize(size, llama16, tmp_path):
-    child = Child("quantize", llama16, "-o", tmp_path / "out", "--method", "rtn", "--device", "cpu", before=limit(size))
-    message = full(child)
+@pytest.mark.parametrize(("size", "kept"), [(1000, []), (30_000, ["out.partial"])], ids=["in the layer", "after it"])
+def test_quantize(size, kept, llama16, tmp_path):
+    command = ["quantize", llama16, "-o", tmp_path / "out", "--method", "rtn", "--device", "cpu"]
+    message = full(Child(*command, before=limit(size)))
     assert "out.partial" in message and "Free some" in message
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == kept
+    code, text = Child(*command).wait()
+    assert code == 0 and ("continues after layer 1 of 1" in text) == bool(kept), text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["gptq", "hf"])

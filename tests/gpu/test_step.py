@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_runs import write_recipe
 
 from qzo.data.batches import collate
 from qzo.data.encode import encode_examples, padding_id
@@ -190,3 +191,14 @@ def test_runs_with_and_without_graphs_write_the_same_records(shared, tmp_path, k
         journals.append([(r.step, r.flags, r.loss.tobytes(), r.projected.tobytes(), r.coefs.tobytes()) for r in records])
         assert len(records) == 40 and bool(tuner.graphs.captured) == capture and tuner.late == 1
     assert journals[0] == journals[1] == journals[2]
+
+
+def test_embeddings_on_the_host_measure_the_same(llama4, sentiment, tmp_path):
+    found = []
+    for offload in ("none", "embeddings"):
+        keys = {"device": "cuda", "dtype": "bf16", "stacked": True, "offload": offload, "output_dir": str(tmp_path / offload)}
+        tuner = Tuner(load_recipe(write_recipe(tmp_path / f"{offload}.yaml", llama4, sentiment, **keys)), "test", "qzo tune")
+        tuner.run()
+        assert bool(tuner.graphs.captured) and bool(tuner.loaded.embedding) == (offload != "none")
+        found.append([(r.loss.tobytes(), r.coefs.tobytes()) for r in read_journal(tmp_path / offload / "journal.bin")[1]])
+    assert found[0] == found[1]

@@ -40,7 +40,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream")
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": request.param, "initializer_range": 0.1}
     quantize_model(str(make_model(folder / "16", **sizes)), folder / "4", "rtn", 4, 128, device="cpu")
-    return [load_model(str(folder / "4"), DEVICE, "auto", offload) for offload in (False, True)]
+    return [load_model(str(folder / "4"), DEVICE, "auto", offload) for offload in ("none", "codes")]
 
 
 def batches(loaded, sizes=(16, 40)):
@@ -233,7 +233,7 @@ def test_a_streamed_run_is_evaluated_and_exported(shared, tmp_path, capsys):
 
 @torch.no_grad()
 def test_examples_score_the_same(shared):
-    loaded = [load_model(str(shared / MODEL), DEVICE, "auto", offload) for offload in (False, True)]
+    loaded = [load_model(str(shared / MODEL), DEVICE, "auto", offload) for offload in ("none", "codes")]
     task = get_task("sst2")
     encoded, _ = encode_examples(load_examples(task, shared / "data/sst2", "train", 64), loaded[0].tokenizer(), 128)
     for start in range(0, 64, 16):

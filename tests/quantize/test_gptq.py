@@ -21,7 +21,7 @@ def by_definition(weight: torch.Tensor, config: GptqConfig, hessian: torch.Tenso
     w, cols = weight.double().clone(), weight.shape[1]
     order, g_idx = column_order(hessian.diagonal(), config)
     inverse = torch.linalg.inv(hessian.double() + damping * hessian.diagonal().mean().double() * torch.eye(cols))
-    pivots = inverse_factor(hessian[order][:, order]).diagonal()
+    pivots = inverse_factor(hessian[order][:, order].flip(0, 1)).diagonal()
     importance = torch.empty(cols)
     importance[order] = pivots**-2
     codes, grids = torch.zeros(weight.shape), {}
@@ -106,7 +106,7 @@ def test_damping_grows_until_the_factor_exists():
     hessian = x.t() @ x
     mean = hessian.diagonal().mean()
     hessian -= 0.2 * mean * torch.eye(64)  # indefinite, as rounding can make it, if never this much
-    factor = inverse_factor(hessian)
+    factor = inverse_factor(hessian.flip(0, 1))
     expected = torch.linalg.inv(hessian + 0.3 * 0.8 * mean * torch.eye(64))
     assert torch.equal(factor, factor.triu()) and torch.allclose(factor.t() @ factor, expected, rtol=1e-3, atol=1e-3 / mean)
     with pytest.raises(RunFailed, match="positive definite"):
@@ -119,4 +119,4 @@ def test_factor_is_the_cholesky_factor_of_the_inverse():
     hessian = x.t() @ x
     damped = (hessian + gptq.DAMPING[0] * hessian.diagonal().mean() * torch.eye(40)).double()
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    assert torch.allclose(inverse_factor(hessian).double(), expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(inverse_factor(hessian.flip(0, 1)).double(), expected, rtol=1e-3, atol=1e-6)

@@ -6,9 +6,9 @@ import torch
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model, skeleton
-from qzo.model.save import FolderWriter
+from qzo.quantize.resume import LayerWriter
 from qzo.quantize import gptq, quantize_model
-from qzo.quantize.walk import Walk, add_second_moment
+from qzo.quantize.walk import Walk, add_second_moment, mirror_upper
 
 
 @pytest.mark.parametrize("cols", [1, 7, 8, 37, 64])
@@ -19,6 +19,9 @@ def test_second_moment_is_that_of_brute_force(cols):
         add_second_moment(hessian, part)
     expected = sum(row[:, None] * row[None] for row in x.double())
     assert torch.allclose(hessian.triu().double(), expected.triu(), rtol=1e-5, atol=1e-5)
+    whole = hessian.triu() + hessian.triu(1).t()
+    mirror_upper(hessian)
+    assert torch.equal(hessian, whole)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "opt"])
@@ -36,7 +39,7 @@ def test_every_hessian_is_of_the_inputs_in_the_quantized_model(tiny, tmp_path, m
     monkeypatch.setattr(gptq, "quantize_weight", spy)
     folder, config = Folder(tiny(family)), GptqConfig(4, 32)
     walk = Walk(skeleton(folder), folder, config, torch.device("cpu"), torch.float32)
-    walk.run(windows, FolderWriter(tmp_path / "unused"), lambda names, error: reported.append((names, error)))
+    walk.run(windows, LayerWriter(tmp_path / "unused", {}), lambda names, error: reported.append((names, error)))
     attention = ["q_proj", "k_proj", "v_proj"], ["out_proj" if family == "opt" else "o_proj"]
     inner = (["fc1"], ["fc2"]) if family == "opt" else (["gate_proj", "up_proj"], ["down_proj"])
     assert [sorted(n.rpartition(".")[2] for n in names) for names, _ in reported] == [sorted(s) for s in (*attention, *inner)] * 2

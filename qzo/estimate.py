@@ -1,0 +1,177 @@
+"""What a run needs of its device's memory, by phase, from shapes alone: before a weight is read.
+
+The rules follow what the code keeps: the tensors per token of qzo/model/decoder.py, one scratch for the widest layer where the table
+of the kernels can reach it, the logits of one call of the head; on a GPU, what a step allocates stays in the pool of its graphs.
+Compared with measured peaks in tests/test_estimate.py.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from qzo_kernels.dispatch import part_width, reaches_dequantize
+from qzo_kernels.pack import tiled_words
+
+from qzo.data.batches import bucket
+from qzo.data.encode import Encoded
+from qzo.data.loss import HEAD_POSITIONS
+from qzo.model.files import Folder
+from qzo.model.gptq_format import GptqConfig
+
+PHASES = ("load", "step", "evaluate", "snapshot", "export")
+_WORKSPACE = 96 << 20  # cuBLAS, on the streams of eager and of captured work
+_SLACK = 0.01  # of everything: what the allocator rounds up and cannot use again
+_LARGE, _ROUND = 10 << 20, 2 << 20  # bytes from which it gives a tensor a segment of its own, and their unit
+_HOLES = 1.25  # activations of two sizes come and go, and leave holes: measured
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest forward of a phase: `rows` of up to `length` tokens, `predictions` of which count, seen by `variants` of the noise.
+
+    cached: tokens per row whose keys and values a generation keeps.
+    """
+
+    rows: int
+    length: int
+    predictions: int
+    variants: int = 1
+    cached: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * bucket(self.length)
+
+
+def work_of(encoded: Sequence[Encoded], examples: int, variants: int = 1) -> Work:
+    """The largest forward of `examples` of them at a time."""
+    rows = max(len(e.rows) for e in encoded)
+    predictions = max(sum(len(option.tokens) for option in e.options) for e in encoded)
+    length = max(len(row) for e in encoded for row in e.rows)
+    return Work(min(examples, len(encoded)) * rows, length, examples * predictions, variants)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized weight [rows, cols] of a decoder layer, by number; None outside of them."""
+
+    rows: int
+    cols: int
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's quantized Linears, the elements of each other tensor by name, and its dimensions as its config has them."""
+
+    linears: tuple[Linear, ...]
+    others: dict[str, int]
+    quantization: GptqConfig
+    config: dict
+    streamed: bool = False  # the codes of the decoder layers lie in host memory, but for those of two
+
+    def host_codes(self) -> Counter[int]:
+        """Bytes of codes in host memory by decoder layer."""
+        inside = [linear for linear in self.linears if self.streamed and linear.layer is not None]
+        return sum((Counter({linear.layer: self.code_bytes(linear)}) for linear in inside), Counter())
+
+    def code_bytes(self, linear: Linear) -> int:
+        return 4 * linear.rows * tiled_words(linear.cols, self.quantization.bits)
+
+    @classmethod
+    def of(cls, folder: Folder, quantization: GptqConfig) -> "Shapes":
+        linears, others = [], {}
+        for tensor in folder.tensors:
+            module, _, kind = tensor.rpartition(".")
+            shape = folder.shape(tensor)
+            if kind == "qweight":
+                inside = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor)
+                linears.append(Linear(shape[1], shape[0] * 32 // quantization.bits, int(inside[1]) if inside else None))
+            elif kind not in ("scales", "qzeros", "g_idx"):
+                others[tensor] = torch.Size(shape).numel()
+        return cls(tuple(linears), others, quantization, folder.config)
+
+    @property
+    def hidden(self) -> int:
+        return self.config["hidden_size"]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """(elements of all queries, of all keys) of a token."""
+        count = self.config["num_attention_heads"]
+        size = self.config.get("head_dim") or self.hidden // count
+        return count * size, (self.config.get("num_key_value_heads") or count) * size
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """phase -> part -> bytes on the device."""
+
+    phases: dict[str, dict[str, int]]
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> int:
+        return max(map(self.total, self.phases))
+
+
+def estimate(shapes: Shapes, step: Work, evaluation: Work, dtype: torch.dtype, device: str, captured: bool = True) -> Estimate:
+    """The memory of a run on `device` ("cpu" or "cuda") in `dtype`; captured: its steps become CUDA graphs."""
+    weights = _weights(shapes, dtype, device)
+    phases = {"load": weights, "step": weights | _forward(shapes, step, dtype, device)}
+    # What is free after a step is free for an evaluation, but for the pool of the graphs.
+    kept = {"scratch": phases["step"]["scratch"]}
+    if captured and device == "cuda":
+        kept["CUDA graphs"] = phases["step"]["activations"] + phases["step"]["logits"]
+    forward = _forward(shapes, evaluation, dtype, device)
+    phases["evaluate"] = weights | forward | kept | {"scratch": max(forward["scratch"], kept["scratch"])}
+    phases["snapshot"] = weights | kept
+    found = {}
+    for phase, parts in phases.items():
+        slack = int(_SLACK * sum(parts.values())) + (_WORKSPACE if device == "cuda" else 0)
+        found[phase] = parts | {"allocator, workspaces": slack}
+    # An export reads and writes on the host.
+    return Estimate(found | {"export": {}})
+
+
+def _weights(shapes: Shapes, dtype: torch.dtype, device: str) -> dict[str, int]:
+    found = {"codes": 2 * max(shapes.host_codes().values(), default=0), "scales": 0, "zeros, order": 0}
+    quantization = shapes.quantization
+    for linear in shapes.linears:
+        groups = -(-linear.cols // quantization.group(linear.cols))
+        if not shapes.streamed or linear.layer is None:
+            found["codes"] += _segment(shapes.code_bytes(linear), device)
+        found["scales"] += _segment(4 * linear.rows * groups, device)
+        found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
+    return found | {"embeddings, norms, head": sum(_segment(count * dtype.itemsize, device) for count in shapes.others.values())}
+
+
+def _segment(size: int, device: str) -> int:
+    """What a tensor of `size` bytes takes up of the device."""
+    return -(-size // _ROUND) * _ROUND if device == "cuda" and size >= _LARGE else size
+
+
+def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dict[str, int]:
+    size, hidden, (queries, keys) = dtype.itemsize, shapes.hidden, shapes.heads
+    inner = shapes.config.get("intermediate_size") or shapes.config.get("ffn_dim") or 4 * hidden
+    # The residual and its norm stay while the attention holds its inputs before and after the rotation, or the MLP three tensors.
+    per_token = 2 * hidden + max(2 * (queries + keys) + keys, 3 * inner)
+    cache = 2 * keys * shapes.config["num_hidden_layers"] * work.rows * work.cached
+    scored = min(work.predictions, max(1, HEAD_POSITIONS // work.variants)) * work.variants
+    widest = max(linear.rows * linear.cols for linear in shapes.linears)
+    return {
+        "scratch": widest * size * _dequantizes(shapes, work, dtype, device),
+        "activations": int(_HOLES * per_token * work.tokens * work.variants + cache) * size,
+        # As the head gives them, in fp32, and the exponentials of the sum.
+        "logits": scored * shapes.config["vocab_size"] * (size + 8),
+    }
+
+
+def _dequantizes(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> bool:
+    bits = shapes.quantization.bits
+    fused = all(part_width(bits, shapes.quantization.group(linear.cols), linear.cols) for linear in shapes.linears)
+    return device != "cuda" or dtype == torch.float32 or not fused or reaches_dequantize(work.tokens)

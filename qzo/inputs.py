@@ -1,0 +1,38 @@
+"""What a run reads before any weight: the model's folder, the data as token ids."""
+
+import sys
+
+from qzo.data.encode import Encoded, encode_examples
+from qzo.data.tasks import Example, Task, get_task, load_examples
+from qzo.errors import BadInput
+from qzo.model.files import Folder
+from qzo.model.gptq_format import GptqConfig, read_config
+from qzo.model.load import skeleton
+from qzo.recipe import Recipe
+
+
+def task_of(recipe: Recipe) -> Task:
+    return get_task(recipe.task, recipe.prompt, recipe.choices, recipe.label, recipe.completion)
+
+
+def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
+    """The model's folder and its quantization. Raises BadInput for a recipe or a model that cannot be tuned."""
+    if recipe.stacked and recipe.dense:
+        raise BadInput("recipe, stacked", "true together with dense: true", "one of the two", "Set stacked=false.")
+    folder = Folder(recipe.model)
+    config = read_config(folder)
+    if config is None:
+        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
+                       f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
+    skeleton(folder)
+    return folder, config
+
+
+def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
+    """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
+    task = task_of(recipe)
+    train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples)
+    encoded, truncated = encode_examples(train, tokenizer, max_length)
+    if truncated:
+        print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={max_length})", file=sys.stderr)
+    return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples), task

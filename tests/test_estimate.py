@@ -1,0 +1,141 @@
+"""The memory of a run before it: against measured peaks, against the tensors of loaded models, and what follows from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from qzo_kernels.pack import tiled_words
+
+from qzo.cli import main
+from qzo.estimate import PHASES, Linear, Shapes, Work, estimate
+from qzo.fit import Fit, evaluation_size
+from qzo.inputs import load_data, quantized_folder
+from qzo.journal import read_journal
+from qzo.model.gptq_format import GptqConfig
+from qzo.model.load import load_model, load_tokenizer
+from qzo.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA_13B = Shapes(
+    tuple([Linear(5120, 5120)] * 4 + [Linear(13824, 5120)] * 2 + [Linear(5120, 13824)]) * 40, {"model.embed_tokens.weight": 32000 * 5120, "lm_head.weight": 32000 * 5120, "norms": 81 * 5120},
+    GptqConfig(4, 128),
+    {"hidden_size": 5120, "num_attention_heads": 40, "intermediate_size": 13824, "num_hidden_layers": 40, "vocab_size": 32000},
+)  # fmt: skip
+
+
+def measured() -> list[tuple[str, int, int, int, float]]:
+    rows = json.loads((ROOT / "results/step-h200.json").read_text())["rows"]
+    ours = [row for row in rows if row["what"].startswith("ours")]
+    return [(row["size"] + row["what"], *map(int, row["size"].split("x")), 2 if "stacked" in row["what"] else 1, row["peak_gb"]) for row in ours]
+
+
+@pytest.mark.parametrize("name,rows,length,variants,peak", measured())
+def test_estimate_is_near_the_measured_peak(name, rows, length, variants, peak):
+    """Within a twentieth, of steps at the dimensions of Llama-2-13B on an H200; asked is a tenth."""
+    work = Work(rows, length, rows, variants)
+    assert abs(estimate(LLAMA_13B, work, Work(1, 16, 1), torch.bfloat16, "cuda").total("step") / 1e9 / peak - 1) < 0.05, name
+
+
+
+def folders(shared: Path) -> list[Path]:
+    return sorted(path for path in (shared / "models" / "gptq-fixtures").iterdir() if (path / "config.json").exists())
+
+
+def test_weights_are_those_of_a_loaded_model(shared):
+    """To the byte, for every kind of checkpoint (on a CPU, where tensors take what they hold)."""
+    assert len(folders(shared)) >= 5
+    for path in folders(shared):
+        loaded = load_model(str(path), "cpu", "fp32")
+        found = estimate(Shapes.of(loaded.folder, loaded.config), Work(1, 8, 1), Work(1, 8, 1), torch.float32, "cpu").phases["load"]
+        layers = loaded.layers.values()
+        assert found["codes"] == sum(layer.codes.nbytes for layer in layers), path.name
+        assert found["scales"] == sum(layer.scales.nbytes for layer in layers)
+        held = {id(p): p.nbytes for name, p in loaded.model.named_parameters() if not name.endswith(".scales")}
+        biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
+        assert found["embeddings, norms, head"] - sum(held.values()) in (0, biases), path.name
+
+
+def test_parts_follow_the_work():
+    one = estimate(LLAMA_13B, Work(1, 64, 1), Work(1, 64, 1), torch.bfloat16, "cuda")
+    many = estimate(LLAMA_13B, Work(16, 256, 16, 2), Work(16, 256, 16), torch.bfloat16, "cuda")
+    assert set(one.phases) == set(PHASES) and one.total("export") == 0
+    assert one.phases["step"]["scratch"] == 0 and many.phases["step"]["scratch"] == 13824 * 5120 * 2
+    assert many.phases["step"]["activations"] > 60 * one.phases["step"]["activations"]
+    assert many.phases["snapshot"]["CUDA graphs"] == many.phases["step"]["activations"] + many.phases["step"]["logits"]
+    assert many.peak == many.total("evaluate") > many.total("step") > many.total("load") > one.total("load") - 1
+    eager = estimate(LLAMA_13B, Work(16, 256, 16, 2), Work(16, 256, 16), torch.bfloat16, "cuda", captured=False)
+    assert "CUDA graphs" not in eager.phases["evaluate"] and eager.peak < many.peak
+    two_bits = Shapes(LLAMA_13B.linears, LLAMA_13B.others, GptqConfig(2, 128), LLAMA_13B.config)
+    halved = estimate(two_bits, Work(1, 64, 1), Work(1, 64, 1), torch.bfloat16, "cpu").phases["load"]["codes"]
+    assert halved == sum(4 * linear.rows * tiled_words(linear.cols, 2) for linear in LLAMA_13B.linears)
+
+
+@pytest.fixture
+def fit(recipe):
+    def make(available: int | None, *overrides: str) -> Fit:
+        loaded = load_recipe(recipe, overrides)
+        folder, quantization = quantized_folder(loaded)
+        train, _, task = load_data(loaded, load_tokenizer(folder), folder.fit_length(loaded.max_length))
+        found = Fit(loaded, folder, quantization, train, task.generation)
+        found.available = available
+        return found
+
+    return make
+
+
+def test_micro_batch_is_the_largest_half_that_fits(fit):
+    assert fit(None, "batch_size=16").micro() == 16 and fit(1 << 40, "batch_size=16").micro() == 16
+    large = ("batch_size=16", "stacked=true", "directions=16")
+    probe = fit(None, *large)
+    for size in (8, 4):
+        assert fit(probe.estimate(size).peak, *large).micro() == size
+    assert fit(1, "batch_size=16").micro() == 1 and fit(1, "batch_size=16", "micro_batch=6").micro() == 6
+
+
+def test_advice_names_what_saves_most(fit):
+    found = fit(None, "batch_size=16", "stacked=true", "directions=4").savings(16)
+    assert {name for name, _ in found} >= {"micro_batch=8", "stacked=false"}
+    assert [size for _, size in found] == sorted((size for _, size in found), reverse=True) and found[-1][1] > 0
+    assert fit(None, "batch_size=1").advice(1).count("less") <= 2
+
+
+def test_evaluation_takes_no_more_than_a_step(fit):
+    train = fit(None).encoded
+    assert evaluation_size(train, 1000, 2) == 2000
+    assert 1 <= evaluation_size(train, 1, 1) <= 384 // 16
+
+
+def test_too_large_is_exit_code_3_before_the_weights(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qzo.fit.available", lambda *_: 12345)
+    monkeypatch.setattr("qzo.tune.load_model", lambda *_: pytest.fail("loaded"))
+    assert main(["tune", recipe]) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("qzo tune: device memory: about 0.0") and "the 0.00 GB available" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert main(["tune", recipe, "--dry-run"]) == 3
+    out, err = capsys.readouterr()
+    assert "together" in out and all(phase in out for phase in PHASES) and "device memory: about" in err
+
+
+def test_a_run_out_of_memory_says_the_numbers_and_goes_on_in_smaller_pieces(recipe, tmp_path, monkeypatch, capsys):
+    assert main(["tune", recipe, "steps=4", f"output_dir={tmp_path / 'whole'}"]) == 0
+    original, calls = __import__("qzo.tune").tune.per_example_loss, []
+
+    def sometimes(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return original(*args)
+
+    monkeypatch.setattr("qzo.tune.per_example_loss", sometimes)
+    capsys.readouterr()
+    assert main(["tune", recipe, "steps=4"]) == 3
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "Tried to allocate 2.00 GiB" in err and "GB estimated" in err and "with another micro_batch or stacked" in err
+    assert main(["tune", recipe, "steps=4", "micro_batch=1"]) == 0
+    assert "warning: micro_batch was 4 and is 1 from here on" in capsys.readouterr().err
+    found, expected = (read_journal(tmp_path / name / "journal.bin")[1] for name in ("run", "whole"))
+    assert [r.step for r in found] == [0, 1, 2, 3] and [r.loss for r in found[:2]] == [r.loss for r in expected[:2]]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert abs(ours.loss - theirs.loss) < 1e-4
