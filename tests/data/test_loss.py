@@ -140,7 +140,7 @@ def test_head_sees_only_the_positions_that_count_in_chunks(tokenizer, monkeypatc
     per_example_loss(model, batch, variants)
     assert seen == [variants * len(batch.positions)] and len(batch.positions) < batch.input_ids.numel()
     seen.clear()
-    monkeypatch.setattr(loss_module, "_HEAD_POSITIONS", 5)
+    monkeypatch.setattr(loss_module, "HEAD_POSITIONS", 5)
     torch.testing.assert_close(per_example_loss(model, batch, variants), expected, **FP32)
     assert len(seen) > 2 and max(seen) <= 5 and sum(seen) == variants * len(batch.positions)
 
