@@ -64,7 +64,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's quantized Linears, the elements of each other tensor by name, and its dimensions as its config has them."""
+    """A model's quantized Linears, the elements of each other tensor by name, and its dimensions as transformers' config has them."""
 
     linears: tuple[Linear, ...]
     others: dict[str, int]
@@ -82,6 +82,8 @@ class Shapes:
 
     @classmethod
     def of(cls, folder: Folder, quantization: GptqConfig) -> "Shapes":
+        from transformers import AutoConfig
+
         linears, others = [], {}
         for tensor in folder.tensors:
             module, _, kind = tensor.rpartition(".")
@@ -91,7 +93,9 @@ class Shapes:
                 linears.append(Linear(shape[1], shape[0] * 32 // quantization.bits, int(inside[1]) if inside else None))
             elif kind not in ("scales", "qzeros", "g_idx"):
                 others[tensor] = torch.Size(shape).numel()
-        return cls(tuple(linears), others, quantization, folder.config)
+        # With the defaults of what config.json leaves out.
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
+        return cls(tuple(linears), others, quantization, config)
 
     @property
     def hidden(self) -> int:
