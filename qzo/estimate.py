@@ -20,6 +20,7 @@ from qzo.data.loss import HEAD_POSITIONS
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig
 
+SLACK = "allocator, workspaces"  # the part that is of no tensor
 PHASES = ("load", "step", "evaluate", "snapshot", "export")
 _WORKSPACE = 96 << 20  # cuBLAS, on the streams of eager and of captured work
 _SLACK = 0.01  # of everything: what the allocator rounds up and cannot use again
@@ -137,7 +138,7 @@ def estimate(shapes: Shapes, step: Work, evaluation: Work, dtype: torch.dtype, d
     found = {}
     for phase, parts in phases.items():
         slack = int(_SLACK * sum(parts.values())) + (_WORKSPACE if device == "cuda" else 0)
-        found[phase] = parts | {"allocator, workspaces": slack}
+        found[phase] = parts | {SLACK: slack}
     # An export reads and writes on the host.
     return Estimate(found | {"export": {}})
 

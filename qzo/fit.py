@@ -8,7 +8,7 @@ import torch
 from qzo.data.batches import bucket
 from qzo.data.encode import Encoded
 from qzo.errors import OutOfMemory
-from qzo.estimate import PHASES, Estimate, Shapes, Work, estimate, work_of
+from qzo.estimate import PHASES, SLACK, Estimate, Shapes, Work, estimate, work_of
 from qzo.evaluate import NEW_TOKENS
 from qzo.memory import available, gigabytes
 from qzo.model.files import Folder
@@ -100,11 +100,13 @@ class Fit:
             )  # fmt: skip
 
     def table(self, micro: int) -> str:
-        """Phases across, parts down, in GB."""
-        phases = self.estimate(micro).phases
-        parts = list(dict.fromkeys(part for phase in PHASES for part in phases[phase]))
-        lines = [["GB", *PHASES]]
-        lines += [[part, *(f"{phases[phase].get(part, 0) / 1e9:.2f}" for phase in PHASES)] for part in parts]
-        lines.append(["together", *(f"{sum(phases[phase].values()) / 1e9:.2f}" for phase in PHASES)])
+        """Phases across, parts down; in MB where all of it is less than a GB."""
+        found = self.estimate(micro)
+        unit, size, digits = ("GB", 1e9, 2) if found.peak >= 1e9 else ("MB", 1e6, 1)
+        parts = dict.fromkeys(part for phase in PHASES for part in found.phases[phase])
+        shown = [part for part in (*(p for p in parts if p != SLACK), SLACK) if any(found.phases[phase].get(part) for phase in PHASES)]
+        lines = [[unit, *PHASES]]
+        lines += [[part, *(f"{found.phases[phase].get(part, 0) / size:.{digits}f}" for phase in PHASES)] for part in shown]
+        lines.append(["together", *(f"{found.total(phase) / size:.{digits}f}" for phase in PHASES)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) for line in lines)

@@ -30,7 +30,7 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> None:
         f"model: {config.bits} bits, group {config.group_size}, {config.version}; on {fit.device.type} in {str(fit.dtype)[6:]}",
         f"data: {len(train)} training examples ({rows:.3g} rows and {tokens:.0f} tokens each), {len(validation)} for evaluation",
         f"work: {recipe.steps} steps, {forwards:.0f} example-forwards, {micro} examples at a time",
-        f"memory: about {gigabytes(fit.estimate(micro).peak)}{room}, without the {fit.device.type} context",
+        f"memory: about {gigabytes(fit.estimate(micro).peak)}{room}, beside {'the CUDA context' if fit.device.type == 'cuda' else 'Python and its libraries'}",
         fit.table(micro),
         *([f"codes in host memory: {gigabytes(host)}; {gigabytes(host * -(-recipe.batch_size // micro))} cross the bus in a step"] if host else []),
         f"what would lower it most: {fit.advice(micro) or 'nothing by more than a hundredth'}",
