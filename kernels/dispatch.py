@@ -55,17 +55,15 @@ def slots_of(per_variant: int, variants: int, rows_m: int) -> int:
     return slots if fits else 1
 
 
+def takes_fused(per_variant: int, dtype: torch.dtype, bits: int, group_size: int, cols: int) -> bool:
+    """Whether so many rows of x per variant go through the fused kernel on a GPU. Devices that were not measured take Hopper's table."""
+    return dtype != torch.float32 and part_width(bits, group_size, cols) > 0 and _row(per_variant) is not None
+
+
 def route_of(x: Tensor, bits: int, group_size: int, noise) -> str:
-    """The route for x [M, K] under `noise`. Devices that were not measured take Hopper's table."""
+    """The route for x [M, K] under `noise`."""
     per_variant = len(x) // (1 if noise is None else len(noise.eps))
-    if not x.is_cuda or x.dtype == torch.float32 or not part_width(bits, group_size, x.shape[1]):
-        return "dequantize"
-    return "fused" if _row(per_variant) else "dequantize"
-
-
-def reaches_dequantize(rows: int) -> bool:
-    """Whether up to `rows` rows of x per variant may leave the fused route."""
-    return _row(rows) is None
+    return "fused" if x.is_cuda and takes_fused(per_variant, x.dtype, bits, group_size, x.shape[1]) else "dequantize"
 
 
 def config_of(x: Tensor, rows: int, noise) -> Config:

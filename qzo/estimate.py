@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from qzo_kernels.dispatch import part_width, reaches_dequantize
+from qzo_kernels.dispatch import takes_fused
 from qzo_kernels.pack import tiled_words
 
 from qzo.data.batches import bucket
@@ -46,12 +46,11 @@ class Work:
         return self.rows * bucket(self.length)
 
 
-def work_of(encoded: Sequence[Encoded], examples: int, variants: int = 1) -> Work:
-    """The largest forward of `examples` of them at a time."""
+def largest(encoded: Sequence[Encoded]) -> Work:
+    """The work of one example that is as large as any, in rows, tokens and predictions."""
     rows = max(len(e.rows) for e in encoded)
     predictions = max(sum(len(option.tokens) for option in e.options) for e in encoded)
-    length = max(len(row) for e in encoded for row in e.rows)
-    return Work(min(examples, len(encoded)) * rows, length, examples * predictions, variants)
+    return Work(rows, max(len(row) for e in encoded for row in e.rows), predictions)
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,5 @@ def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dic
 
 
 def _dequantizes(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> bool:
-    bits = shapes.quantization.bits
-    fused = all(part_width(bits, shapes.quantization.group(linear.cols), linear.cols) for linear in shapes.linears)
-    return device != "cuda" or dtype == torch.float32 or not fused or reaches_dequantize(work.tokens)
+    bits, group = shapes.quantization.bits, shapes.quantization.group
+    return device != "cuda" or not all(takes_fused(work.tokens, dtype, bits, group(linear.cols), linear.cols) for linear in shapes.linears)

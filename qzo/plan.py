@@ -19,8 +19,7 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> None:
     rows = sum(len(e.rows) for e in train) / len(train)
     tokens = sum(len(row) for e in train for row in e.rows) / len(train)
     forwards = 2 * recipe.directions * recipe.batch_size * recipe.steps * rows
-    fit = Fit(recipe, folder, config, train, task.generation)
-    micro = recipe.micro_batch or (header["micro_batch"] if header else fit.micro())
+    fit = Fit(recipe, folder, config, train, task.generation, header and header["micro_batch"])
     host = sum(fit.shapes.host_codes().values())
     room = f" of {gigabytes(fit.available)} available" if fit.available else ""
     lines = [
@@ -29,11 +28,11 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> None:
         f"run folder: {where.path} ({'continues' if header else 'new'})",
         f"model: {config.bits} bits, group {config.group_size}, {config.version}; on {fit.device.type} in {str(fit.dtype)[6:]}",
         f"data: {len(train)} training examples ({rows:.3g} rows and {tokens:.0f} tokens each), {len(validation)} for evaluation",
-        f"work: {recipe.steps} steps, {forwards:.0f} example-forwards, {micro} examples at a time",
-        f"memory: about {gigabytes(fit.estimate(micro).peak)}{room}, beside {'the CUDA context' if fit.device.type == 'cuda' else 'Python and its libraries'}",
-        fit.table(micro),
-        *([f"codes in host memory: {gigabytes(host)}; {gigabytes(host * -(-recipe.batch_size // micro))} cross the bus in a step"] if host else []),
-        f"what would lower it most: {fit.advice(micro) or 'nothing by more than a hundredth'}",
+        f"work: {recipe.steps} steps, {forwards:.0f} example-forwards, {fit.micro} examples at a time",
+        f"memory: about {gigabytes(fit.estimate().peak)}{room}, beside {'the CUDA context' if fit.device.type == 'cuda' else 'Python and its libraries'}",
+        fit.table(),
+        *([f"codes in host memory: {gigabytes(host)}; {gigabytes(host * -(-recipe.batch_size // fit.micro))} cross the bus in a step"] if host else []),
+        f"what would lower it most: {fit.advice() or 'nothing by more than a hundredth'}",
     ]  # fmt: skip
     print("\n".join(lines))
-    fit.check(micro)
+    fit.check()

@@ -22,7 +22,7 @@ from qzo.data.loss import per_example_loss
 from qzo.disk import disk_error
 from qzo.errors import BadInput, Interrupted, OutOfMemory, RunFailed
 from qzo.evaluate import evaluate_task
-from qzo.fit import Fit, evaluation_size
+from qzo.fit import Fit
 from qzo.inputs import load_data, quantized_folder
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Metrics, cut_back, read_metrics
@@ -75,9 +75,8 @@ class Tuner:
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
-        self.fit = Fit(recipe, model, quantization, self.train, self.task.generation)
-        self.micro = recipe.micro_batch or (header["micro_batch"] if header else self.fit.micro())
-        self.fit.check(self.micro)
+        self.fit = Fit(recipe, model, quantization, self.train, self.task.generation, header and header["micro_batch"])
+        self.fit.check()
         memory.restrict(self.fit.device, recipe.device_memory)
         self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload)
         self.targets = build_targets(recipe, self.loaded)
@@ -87,14 +86,14 @@ class Tuner:
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row
-        self.header = header or make_header(recipe, name, self.loaded, self.targets, examples, self.micro)
+        self.header = header or make_header(recipe, name, self.loaded, self.targets, examples, self.fit.micro)
         here = f"{device_name(self.loaded.device)}, {self.loaded.dtype}, torch {torch.__version__}"
         there = f"{self.header['device']}, {self.header['dtype']}, torch {self.header['versions']['torch']}"
         if here != there:
             print(f"warning: the run began on {there} and goes on on {here}: it replays all the same, "
                   "but other losses will be measured than there", file=sys.stderr)  # fmt: skip
         began = self.header["recipe"] | {"micro_batch": self.header["micro_batch"]}
-        for key, value in {"micro_batch": self.micro, "stacked": recipe.stacked}.items():
+        for key, value in {"micro_batch": self.fit.micro, "stacked": recipe.stacked}.items():
             if value != began[key]:
                 print(f"warning: {key} was {began[key]} and is {value} from here on: the same losses, but for rounding", file=sys.stderr)
 
@@ -149,7 +148,7 @@ class Tuner:
     def _batch(self, step: int) -> list[Batch]:
         """The step's micro-batches on the device."""
         examples, pad = self._examples(step), padding_id(self.tokenizer)
-        parts = [examples[start : start + self.micro] for start in range(0, len(examples), self.micro)]
+        parts = [examples[start : start + self.fit.micro] for start in range(0, len(examples), self.fit.micro)]
         batches = [collate(part, pad).rounded() for part in parts]
         if (host := self.loaded.embedding) and self.plain:
             batches = [replace(batch, embedded=host.rows(batch.input_ids)) for batch in batches]
@@ -206,8 +205,7 @@ class Tuner:
             stop.check()
             progress.update(done)
 
-        size = evaluation_size(self.train, self.micro, 2 * self.recipe.directions if self.recipe.stacked else 1)
-        scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, size, shown)
+        scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, self.fit.evaluation, shown)
         progress.close()
         metrics.write({"after": self.optimizer.steps, "evaluation": scores, "peak_memory": memory.peak(self.loaded.device)})
         return scores
@@ -241,8 +239,8 @@ class Tuner:
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         room = f", {memory.gigabytes(self.fit.available)} available" if self.fit.available else ""
-        given = f"out of memory ({str(error).splitlines()[0]}); {memory.gigabytes(self.fit.estimate(self.micro).peak)} estimated{room}"
-        do = f"Lower it: {self.fit.advice(self.micro) or 'max_length, with --restart'}."
+        given = f"out of memory ({str(error).splitlines()[0]}); {memory.gigabytes(self.fit.estimate().peak)} estimated{room}"
+        do = f"Lower it: {self.fit.advice() or 'max_length, with --restart'}."
         return OutOfMemory(str(self.folder.path), given, "", f"{do} The same command continues the run, also with another {' or '.join(PIECES)}.")
 
     def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:

@@ -23,6 +23,18 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN: an element that a kernel forgets is seen."""
+    real = torch.empty
+
+    def empty(*shape, **options):
+        made = real(*shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI a skipped test is a failed run: it would hide what nobody looks at."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -72,38 +72,37 @@ def test_parts_follow_the_work():
 
 
 @pytest.fixture
-def fit(recipe):
+def fit(recipe, monkeypatch):
     def make(available: int | None, *overrides: str) -> Fit:
+        monkeypatch.setattr("qzo.fit.available", lambda *_: available)
         loaded = load_recipe(recipe, overrides)
         folder, quantization = quantized_folder(loaded)
         train, _, task = load_data(loaded, load_tokenizer(folder), folder.fit_length(loaded.max_length))
-        found = Fit(loaded, folder, quantization, train, task.generation)
-        found.available = available
-        return found
+        return Fit(loaded, folder, quantization, train, task.generation)
 
     return make
 
 
 def test_micro_batch_is_the_largest_half_that_fits(fit):
-    assert fit(None, "batch_size=16").micro() == 16 and fit(1 << 40, "batch_size=16").micro() == 16
+    assert fit(None, "batch_size=16").micro == 16 and fit(1 << 40, "batch_size=16").micro == 16
     large = ("batch_size=16", "stacked=true", "directions=16")
     probe = fit(None, *large)
     for size in (8, 4):
-        assert fit(probe.estimate(size).peak, *large).micro() == size
-    assert fit(1, "batch_size=16").micro() == 1 and fit(1, "batch_size=16", "micro_batch=6").micro() == 6
+        assert fit(probe.estimate(size).peak, *large).micro == size
+    assert fit(1, "batch_size=16").micro == 1 and fit(1, "batch_size=16", "micro_batch=6").micro == 6
 
 
 def test_advice_names_what_saves_most(fit):
-    found = fit(None, "batch_size=16", "stacked=true", "directions=4").savings(16)
+    found = fit(None, "batch_size=16", "stacked=true", "directions=4").savings()
     assert {name for name, _ in found} >= {"micro_batch=8", "stacked=false"}
     assert [size for _, size in found] == sorted((size for _, size in found), reverse=True) and found[-1][1] > 0
-    assert fit(None, "batch_size=1").advice(1).count("less") <= 2
+    assert fit(None, "batch_size=1").advice().count("less") <= 2
 
 
 def test_evaluation_takes_no_more_than_a_step(fit):
-    train = fit(None).encoded
-    assert evaluation_size(train, 1000, 2) == 2000
-    assert 1 <= evaluation_size(train, 1, 1) <= 384 // 16
+    one = fit(None).one
+    assert evaluation_size(one, 1000, 2) == 2000
+    assert 1 <= evaluation_size(one, 1, 1) <= 384 // 16
 
 
 def test_too_large_is_exit_code_3_before_the_weights(recipe, tmp_path, monkeypatch, capsys):

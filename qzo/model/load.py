@@ -119,6 +119,14 @@ def _computed_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = module._buffers[name].to(device)
 
 
+def _read(folder: Folder, name: str, shape: torch.Size) -> torch.Tensor:
+    """A tensor of the folder. Raises BadInput where it is missing or has another shape."""
+    value = folder.read(name)
+    if value.shape != shape:
+        raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{list(shape)}")
+    return value
+
+
 def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "") -> None:
     """Read the parameters below `prefix` that are still on meta. Raises BadInput for missing or misshapen tensors."""
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
@@ -129,10 +137,7 @@ def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dt
             for name, old in store.items():
                 if old is None or not old.is_meta or name in module._non_persistent_buffers_set:
                     continue
-                full = f"{module_name}.{name}"
-                value = folder.read(full)
-                if value.shape != old.shape:
-                    raise BadInput(f"{folder.path}, {full}", f"shape {list(value.shape)}", f"{list(old.shape)}")
+                value = _read(folder, f"{module_name}.{name}", old.shape)
                 value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
                 store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
     if tied is not None:
@@ -182,9 +187,7 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
     if model.config.tie_word_embeddings:
         raise BadInput("offload", "embeddings that the head of this model shares", "a head of its own", "Use offload=none.")
     name = next(name for name, module in model.named_modules() if module is old)
-    value = folder.read(f"{name}.weight")
-    if value.shape != old.weight.shape:
-        raise BadInput(f"{folder.path}, {name}.weight", f"shape {list(value.shape)}", f"{list(old.weight.shape)}")
+    value = _read(folder, f"{name}.weight", old.weight.shape)
     model.set_input_embeddings(kept := HostEmbedding(value.to(dtype, copy=True), device))
     return kept
 

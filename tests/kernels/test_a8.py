@@ -129,6 +129,10 @@ def test_operators_satisfy_torch():
     arguments = (xq, x_scale, out, scales[None], 32, torch.float16)
     torch.library.opcheck(torch.ops.qzo.a8_matmul, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.qzo.a8_matmul, (*arguments, None, zeros, None), test_utils=checks)
+    _, words, scales, zeros = weight(4, 17, 256, 128, "each")
+    state, eps = torch.tensor([[1, 2, 0]], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    packed = (activations(6, 256), words, scales, zeros, None, state, eps, 4, 128, "int8", 5, 0.0, True, False)
+    torch.library.opcheck(torch.ops.qzo.a8_packed, packed, test_utils=checks)
 
 
 MATMUL = {"xq": 0, "x_scale": 1, "wq": 2, "scales": 3, "group_size": 4, "dtype": 5, "bias": 6, "zeros": 7, "xsums": 8}

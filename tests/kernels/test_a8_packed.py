@@ -29,7 +29,7 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize("kind,bits,variants,rows,n,cols,group_size,bias,asymmetric,columns,parts", PRODUCTS)
-def test_launcher_equals_reference(kind, bits, variants, rows, n, cols, group_size, bias, asymmetric, columns, parts):
+def test_launcher_equals_reference(poison, kind, bits, variants, rows, n, cols, group_size, bias, asymmetric, columns, parts):
     if kind not in KINDS:
         return
     _, codes, scales, zeros = weight(bits, n, cols, min(group_size, cols), "each" if asymmetric else "none")

@@ -75,18 +75,6 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, arguments: tuple) -> None:
     assert float((y.float() - right).norm() / right.norm()) <= TOLERANCE[x.dtype]
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Uninitialised memory holds NaN: an element that a kernel forgets is seen."""
-    real = torch.empty
-
-    def empty(*shape, **options):
-        made = real(*shape, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(matmul.torch, "empty", empty)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(CASE, CASES)
 def test_launcher_equals_reference(poison, bits, rows, cols, group_size, symmetric, m, variants, bias, config, dtype):
