@@ -5,6 +5,8 @@ of the kernels can reach it, the logits of one call of the head; on a GPU, what 
 Compared with measured peaks in tests/test_estimate.py.
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,10 +55,11 @@ def largest(encoded: Sequence[Encoded]) -> Work:
 
 @dataclass(frozen=True)
 class Linear:
-    """A quantized weight [rows, cols]."""
+    """A quantized weight [rows, cols] of a decoder layer, by number; None outside of them."""
 
     rows: int
     cols: int
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class Shapes:
     others: dict[str, int]
     quantization: GptqConfig
     config: dict
+    streamed: bool = False  # the codes of the decoder layers lie in host memory, but for those of two
+
+    def host_codes(self) -> Counter[int]:
+        """Bytes of codes in host memory by decoder layer."""
+        inside = [linear for linear in self.linears if self.streamed and linear.layer is not None]
+        return sum((Counter({linear.layer: self.code_bytes(linear)}) for linear in inside), Counter())
+
+    def code_bytes(self, linear: Linear) -> int:
+        return 4 * linear.rows * tiled_words(linear.cols, self.quantization.bits)
 
     @classmethod
     def of(cls, folder: Folder, quantization: GptqConfig) -> "Shapes":
@@ -77,7 +89,8 @@ class Shapes:
             module, _, kind = tensor.rpartition(".")
             shape = folder.shape(tensor)
             if kind == "qweight":
-                linears.append(Linear(shape[1], shape[0] * 32 // quantization.bits))
+                inside = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor)
+                linears.append(Linear(shape[1], shape[0] * 32 // quantization.bits, int(inside[1]) if inside else None))
             elif kind not in ("scales", "qzeros", "g_idx"):
                 others[tensor] = torch.Size(shape).numel()
         # With the defaults of what config.json leaves out.
@@ -130,11 +143,12 @@ def estimate(shapes: Shapes, step: Work, evaluation: Work, dtype: torch.dtype, d
 
 
 def _weights(shapes: Shapes, dtype: torch.dtype, device: str) -> dict[str, int]:
-    found = {"codes": 0, "scales": 0, "zeros, order": 0}
+    found = {"codes": 2 * max(shapes.host_codes().values(), default=0), "scales": 0, "zeros, order": 0}
     quantization = shapes.quantization
     for linear in shapes.linears:
         groups = -(-linear.cols // quantization.group(linear.cols))
-        found["codes"] += _segment(4 * linear.rows * tiled_words(linear.cols, quantization.bits), device)
+        if not shapes.streamed or linear.layer is None:
+            found["codes"] += _segment(shapes.code_bytes(linear), device)
         found["scales"] += _segment(4 * linear.rows * groups, device)
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
     return found | {"embeddings, norms, head": sum(_segment(count * dtype.itemsize, device) for count in shapes.others.values())}

@@ -129,8 +129,9 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
         target.load_state(_rounded(loaded.folder, target.state()))
     rounded = _logits(loaded.model, ids)
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[loaded.dtype]
+    offload = "none" if loaded.stream is None else "codes"
     del loaded, targets, target
-    written = load_model(out, where.type, dtype)
+    written = load_model(out, where.type, dtype, offload)
     logits = _logits(written.model, ids)
     exact = bool(torch.equal(logits, rounded))
     if written.layers and not exact:

@@ -24,10 +24,11 @@ def evaluation_size(one: Work, examples: int, variants: int) -> int:
     return max(examples * variants, _FEW_TOKENS // one.tokens, 1)
 
 
-def _kept(shapes: Shapes, offload: str) -> Shapes:
-    """Without what stays on the host."""
-    others = {name: count for name, count in shapes.others.items() if offload == "none" or "embed_tokens" not in name}
-    return replace(shapes, others=others)
+def _kept(shapes: Shapes, offload: str, device: str) -> Shapes:
+    """With what `offload` leaves on the host."""
+    shared = shapes.config.get("tie_word_embeddings")
+    others = {name: count for name, count in shapes.others.items() if offload == "none" or shared or "embed_tokens" not in name}
+    return replace(shapes, others=others, streamed=offload == "codes" and device == "cuda")
 
 
 class Fit:
@@ -42,9 +43,10 @@ class Fit:
     ):  # fmt: skip
         self.recipe, self.examples, self.generation = recipe, len(encoded), generation
         self.one = largest(encoded)
-        self.shapes = _kept(Shapes.of(folder, quantization), recipe.offload)
+        self.whole = Shapes.of(folder, quantization)
         self.device: torch.device = pick_device(recipe.device)
         self.dtype = pick_dtype(recipe.dtype, self.device)
+        self.shapes = _kept(self.whole, recipe.offload, self.device.type)
         self.available = available(self.device, recipe.device_memory)
         self.micro = recipe.micro_batch or begun or self._that_fits()
 
@@ -66,14 +68,15 @@ class Fit:
         one = self.one
         return Work(min(examples, self.examples) * one.rows, one.length, examples * one.predictions, variants)
 
-    def estimate(self, micro: int | None = None, stacked: bool | None = None) -> Estimate:
-        """With `micro` examples per forward, and both signs stacked or not (default: as the run will)."""
+    def estimate(self, micro: int | None = None, stacked: bool | None = None, offload: str | None = None) -> Estimate:
+        """With `micro` examples per forward, both signs stacked or not, and what stays on the host (default: as the run will)."""
         micro = self.micro if micro is None else micro
         variants = self._variants(self.recipe.stacked if stacked is None else stacked)
         evaluation = self._work(evaluation_size(self.one, micro, variants))
         if self.generation:
             evaluation = Work(evaluation.rows, evaluation.length, evaluation.rows, 1, evaluation.length + NEW_TOKENS)
-        return estimate(self.shapes, self._work(micro, variants), evaluation, self.dtype, self.device.type)
+        shapes = self.shapes if offload is None else _kept(self.whole, offload, self.device.type)
+        return estimate(shapes, self._work(micro, variants), evaluation, self.dtype, self.device.type)
 
     def savings(self) -> list[tuple[str, int]]:
         """(a setting, the bytes that it saves), the largest first; none that saves less than a hundredth."""
@@ -84,13 +87,14 @@ class Fit:
     def _alternatives(self, now: Estimate) -> Iterator[tuple[str, int]]:
         if self.micro > 1:
             yield f"micro_batch={self.micro // 2}", self.estimate(self.micro // 2).peak
-        if self.recipe.stacked:
+        if self.recipe.stacked and self.recipe.offload != "codes":
             yield "stacked=false", self.estimate(stacked=False).peak
-        saved = sum(self.shapes.others.values()) - sum(_kept(self.shapes, "embeddings").others.values())
-        if saved and not self.shapes.config.get("tie_word_embeddings"):
-            yield "offload=embeddings", now.peak - saved * self.dtype.itemsize
+        if self.recipe.offload == "none":
+            yield "offload=embeddings", self.estimate(offload="embeddings").peak
+        if self.recipe.offload != "codes" and not self.recipe.dense:
+            yield "offload=codes stacked=true", self.estimate(stacked=True, offload="codes").peak
         bits = self.shapes.quantization.bits
-        if bits > 2:
+        if bits > 2 and not self.shapes.streamed:
             fewer = max(2, bits // 2 + bits % 2)
             yield f"a model of {fewer} bits", now.peak - now.phases["load"]["codes"] * (bits - fewer) // bits
 

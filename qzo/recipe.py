@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from qzo import plain_yaml
 from qzo.errors import BadInput
 
-# A run may be resumed with other values of these: they decide where and how often something is written or shown,
-# and no bit of the tuned weights. `steps` is not among them: the schedule depends on it.
+# A run may be resumed with other values of these: they decide where and how often something is written or shown, or where
+# tensors are kept, and no bit of a loss or of the tuned weights. `steps` is not among them: the schedule depends on it.
 _FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload")
 # These decide in which pieces a step is measured: the same losses, but for rounding. A run that ran out of memory
 # may go on with smaller ones.
@@ -83,7 +83,9 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
     device_memory: _Positive | None = Field(None, description="GB (10^9 bytes) of a GPU that the run may use; null: all that is free")
-    offload: Literal["none", "embeddings"] = Field("none", description="what stays in host memory: the token embeddings")
+    offload: Literal["none", "embeddings", "codes"] = Field(
+        "none", description="what stays in host memory: the token embeddings; codes: also the codes, streamed to the GPU (needs stacked)"
+    )
     threads: _Count | None = Field(None, description="CPU threads; null: torch's own choice")
     output_dir: _Text | None = Field(None, description="folder of the run; null: runs/NAME-seedSEED")
 
@@ -237,6 +239,11 @@ def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
                 problems.append((key, "nothing", "a number, because dense is true"))
     if values.get("clip") is not None and values.get("clip_median") is not None:
         problems.append(("clip", "together with clip_median", "one of the two"))
+    # Signs one by one would stream the codes twice in a step.
+    if values.get("offload") == "codes" and values.get("stacked") is False:
+        dense = values.get("dense")
+        fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
+        problems.append(("offload", "codes with stacked: false", fix))
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))

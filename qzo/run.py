@@ -262,7 +262,7 @@ def load_run(
     """The tuned model of a run, its targets and the number of steps applied."""
     header, _ = read_run(path)
     recipe = recipe_of(header, path)
-    loaded = load_model(recipe.model, device, dtype or recipe.dtype)
+    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload)
     steps, state = tuned_state(path, loaded.folder, loaded.device, to)
     targets = build_targets(recipe, loaded)
     for target in targets:

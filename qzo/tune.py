@@ -82,7 +82,7 @@ class Tuner:
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
         self.plain = is_plain(self.loaded.model, bucket(self.max_length))
-        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain)
+        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain, self.loaded.rest)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row

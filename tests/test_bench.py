@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from qzo_kernels import ops, reference
+from tiny_lanes import AtOnce
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CPU = torch.device("cpu")
@@ -273,14 +274,18 @@ def test_bench_kernels_from_end_to_end(green, tmp_path, monkeypatch, capsys):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_bench_step_from_end_to_end(green, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["--offload"]], ids=["on the device", "offload"])
+def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qzo.model.stream.Lanes", lambda device: AtOnce())
     out = tmp_path / "results" / "step.json"
     command = ["bench_step", "--like", "tiny", "--sizes", "2x16", "--profile", "2x16", "--repeats", "2", "--tests-log", str(green), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", command + more)
     script("bench_step").main()
     document = json.loads(out.read_text())
     assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", "two forwards", "MeZO", "MeZO, fused additions"]
     assert all(0 < row["p20"] <= row["ms"] <= row["p80"] for row in document["rows"])
+    bus = [row["bus_gb"] for row in document["rows"] if "bus_gb" in row]
+    assert document["offload"] == bool(more) == bool(bus) and (not bus or 0 < bus[1] == 2 * bus[0])
     assert document["must_show"][0]["size"] == "2x16" and "dequantize" in document["profile"]["ours, stacked"]["ms"]
     assert "of two forwards" in capsys.readouterr().out
 

@@ -4,12 +4,17 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import write_recipe
 
 from qzo.cli import main
+from qzo.estimate import Shapes, Work, estimate
+from qzo.model.files import Folder
+from qzo.model.gptq_format import read_config
 from qzo.recipe import shipped
 
 VERBS = ("quantize", "tune", "evaluate", "export", "replay", "recipes", "doctor")
@@ -84,6 +89,26 @@ def test_dry_run_prints_and_writes_nothing(recipe, tmp_path, llama4, capsys):
     assert f"run folder: {tmp_path}/run (continues)" in capsys.readouterr().out
     assert main(["tune", recipe, "--dry-run", "--restart", "lr=0.5"]) == 0
     assert f"run folder: {tmp_path}/run (new)" in capsys.readouterr().out
+
+
+def test_dry_run_with_codes_in_host_memory(llama4, sentiment, tmp_path, monkeypatch, capsys):
+    """On a GPU: what crosses the bus in a step of two micro-batches, and two layers' codes there (all of the only layer's, twice)."""
+    monkeypatch.setattr("qzo.fit.pick_device", torch.device)
+    monkeypatch.setattr("qzo.fit.available", lambda *_: None)
+    for module in ("plan", "fit"):
+        monkeypatch.setattr(f"qzo.{module}.gigabytes", lambda size: f"{size} bytes")
+    recipe = write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, stacked=True, micro_batch=2, device="cuda", dtype="bf16")
+    folder = Folder(str(llama4))
+    shapes = Shapes.of(folder, read_config(folder))
+    codes = sum(map(shapes.code_bytes, shapes.linears))
+    assert codes and {linear.layer for linear in shapes.linears} == {0}
+    for offload, device in (("none", "cuda"), ("codes", "cpu"), ("codes", "cuda")):
+        assert main(["tune", recipe, "--dry-run", f"offload={offload}", f"device={device}"]) == 0
+        out = capsys.readouterr().out
+        there = (offload, device) == ("codes", "cuda")
+        assert (f"codes in host memory: {codes} bytes; {2 * codes} bytes cross the bus in a step" in out) == there == ("bus" in out.split("run folder")[1])
+        found = estimate(replace(shapes, streamed=there), Work(2, 16, 2), Work(2, 16, 2), torch.bfloat16, "cuda").phases["load"]["codes"]
+        assert found == (2 * codes if there else codes)
 
 
 def test_tune_shows_progress_and_ends_with_a_table(recipe, tmp_path, capsys):

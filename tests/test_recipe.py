@@ -113,6 +113,9 @@ def test_words_are_not_booleans(write):
         ("clip: 1\nclip_median: 2", "clip: given together with clip_median, expected one of the two"),
         ("dense: true\ndense_eps: 1", "dense_lr: given nothing, expected a number, because dense is true"),
         ("dense: true\ndense_lr: 1", "dense_eps: given nothing, expected a number, because dense is true"),
+        ("offload: all", 'offload: given "all", expected one of none, embeddings, codes'),
+        ("offload: codes", "offload: given codes with stacked: false, expected none, or stacked: true, by which the codes cross the bus once per step"),
+        ("offload: codes\ndense: true\ndense_lr: 1\ndense_eps: 1", "offload: given codes with stacked: false, expected none, because dense is true"),
         ("seed: 1\nseed: 2", "seed: given a second time in line 6, expected each key once"),
         ("1: 2", "1: given an unknown key, expected a key of the recipe"),
     ],
@@ -128,6 +131,11 @@ def test_refuses(write, line, expected):
 def test_edges_are_allowed(write, line):
     key, _, value = line.partition(": ")
     assert recipe_module._show(getattr(load_recipe(write(line)), key)) in (value, f"{value}.0", "1e-09")
+
+
+def test_codes_are_offloaded_where_signs_are_stacked(write):
+    assert load_recipe(write()).offload == "none"
+    assert load_recipe(write("offload: codes\nstacked: true")).offload == "codes"
 
 
 def test_all_problems_at_once(tmp_path):
@@ -257,7 +265,7 @@ def test_yaml_keeps_the_order_of_the_schema():
 
 def test_diff_lines():
     old = Recipe(**NEEDED, prompt="x" * 200).model_dump()
-    new = {**old, "lr": 0.02, "prompt": "x" * 199 + "y", "steps": 11, "log_every": 1, "added": None}
+    new = {**old, "lr": 0.02, "prompt": "x" * 199 + "y", "steps": 11, "log_every": 1, "offload": "codes", "added": None}
     del new["noise"]
     lines = diff(old, new)
     assert lines[1:] == ['noise: "rademacher" -> absent', "lr: 0.01 -> 0.02", "steps: 10 -> 11", "added: absent -> null"]

@@ -21,7 +21,7 @@ def random_recipe(rng):
         model=text(), data=text(), lr=number(), steps=steps, warmup=rng.randint(0, steps), batch_size=batch_size,
         micro_batch=rng.choice([None, rng.randint(1, batch_size)]), seed=rng.randrange(2**63), eps=number(),
         prompt=rng.choice([None, text()]), choices=rng.choice([None, [text() for _ in range(rng.randint(0, 3))]]),
-        label=text(), stacked=rng.random() < 0.5, noise=rng.choice(["rademacher", "gaussian"]),
+        label=text(), stacked=(stacked := rng.random() < 0.5), offload="codes" if stacked and steps % 2 else "none", noise=rng.choice(["rademacher", "gaussian"]),
         output_dir=rng.choice([None, text()]), log_every=rng.randint(1, 99), **clip, **dense,
     )  # fmt: skip
 

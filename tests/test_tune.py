@@ -4,12 +4,15 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import write_recipe
+from tiny_lanes import AtOnce
+from tiny_runs import make_model, write_recipe
 
 from qzo.checkpoint import newest_snapshot
 from qzo.errors import Interrupted, RunFailed
 from qzo.journal import FLAG_SKIPPED, read_journal
 from qzo.metrics import read_metrics
+from qzo.model.stream import stream_codes
+from qzo.quantize import quantize_model
 from qzo.recipe import load_recipe
 from qzo.tune import Tuner
 
@@ -46,6 +49,58 @@ def test_a_journal_one_step_late_is_the_same(keys, tuner, tmp_path, monkeypatch)
         lines = [{k: v for k, v in m.items() if k not in ("seconds", "peak_memory")} for m in read_metrics(run.folder.metrics)]
         outcomes.append((run.folder.journal.read_bytes(), lines, newest_snapshot(run.folder.path)[2]))
         assert max(behind) == 1 + late
+        shutil.rmtree(run.folder.path)
+    assert outcomes[0] == outcomes[1]
+
+
+OFFLOAD = [{"offload": "codes"}, {}, {"offload": "codes", "micro_batch": 3}]
+
+
+@pytest.mark.parametrize("keys", OFFLOAD, ids=str)
+def test_runs_are_the_same_wherever_the_codes_are(keys, tuner):
+    """Begun with one value of `offload` and continued with the other: the records, tensors and scores of a run without."""
+    outcomes = []
+    for first, second in (({}, {}), (keys, {}), ({}, keys), (keys, keys)):
+        same = {"stacked": True, "micro_batch": keys.get("micro_batch")}
+        run = tuner(**{**same, **first})
+        with pytest.raises(Interrupted):
+            stop_at(run, 3).run()
+        run = tuner(**{**same, **second})
+        assert run.optimizer.steps == 0 and run.header["recipe"]["offload"] == first.get("offload", "none")
+        results = run.run()
+        records = [(r.step, r.flags, r.loss.tobytes(), r.projected.tobytes(), r.coefs.tobytes()) for r in read_journal(run.folder.journal)[1]]
+        scores = [m["evaluation"] for m in read_metrics(run.folder.metrics) if "evaluation" in m]
+        assert len(records) == 6 and len(scores) == 2 and results
+        outcomes.append((records, newest_snapshot(run.folder.path)[2], scores))
+        shutil.rmtree(run.folder.path)
+    assert all(other == outcomes[0] for other in outcomes[1:])
+
+
+def stop_at(run, step):
+    launch = run.launch
+
+    def launched():
+        if run.optimizer.steps == step:
+            raise Interrupted("here", 15, "")
+        launch()
+
+    run.launch = launched
+    return run
+
+
+@pytest.mark.parametrize("keys", [{}, {"micro_batch": 2}], ids=str)
+def test_streamed_codes_give_the_same_run(keys, sentiment, tmp_path, monkeypatch):
+    """A model of three layers whose two buffers are filled as soon as they may be."""
+    monkeypatch.setattr("qzo.model.stream.Lanes", lambda device: AtOnce())
+    quantize_model(str(make_model(tmp_path / "16", num_hidden_layers=3)), tmp_path / "4", "rtn", 4, 32, device="cpu")
+    outcomes = []
+    for streamed in (False, True):
+        path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "4", sentiment, stacked=True, offload="codes", **keys)
+        run = Tuner(load_recipe(path), "tiny", "qzo tune")
+        if streamed:
+            run.loaded.stream = stream_codes(run.loaded.model, run.loaded.device)
+        run.run()
+        outcomes.append((run.folder.journal.read_bytes(), newest_snapshot(run.folder.path)[2]))
         shutil.rmtree(run.folder.path)
     assert outcomes[0] == outcomes[1]
 

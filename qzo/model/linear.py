@@ -1,5 +1,7 @@
 """QuantLinear: packed codes, fp32 scales, and a forward that never stores the weight."""
 
+from collections.abc import Callable
+
 import torch
 from qzo_kernels import ops
 from torch import nn
@@ -35,6 +37,7 @@ class QuantLinear(nn.Module):
 
     scales is a Parameter without gradient, fp32 [N, G]. With `noise` set, x [V·B, ..., K] is cut into V equal parts
     along dim 0, and part v is multiplied with the weight under variant v of the noise on the scales.
+    Where `codes` stay on the host, `source` gives them on the device of the scales (model/stream.py).
     """
 
     def __init__(
@@ -52,11 +55,15 @@ class QuantLinear(nn.Module):
         self.scratch = scratch or Scratch()
         self.scratch.reserve(self.out_features * self.in_features)
         self.noise: ops.Noise | None = None
+        self.source: Callable[[], torch.Tensor] | None = None
+
+    def _codes(self) -> torch.Tensor:
+        return self.codes if self.source is None else self.source()
 
     def weight(self, dtype: torch.dtype, scales: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [N, K] under `scales` (by default the stored ones), its columns in the order of the model's channels."""
         scales = self.scales if scales is None else scales
-        weight = ops.dequantize(self.codes, scales, self.zeros, self.bits, self.group_size, self.in_features, dtype)
+        weight = ops.dequantize(self._codes(), scales, self.zeros, self.bits, self.group_size, self.in_features, dtype)
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +72,7 @@ class QuantLinear(nn.Module):
         route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise)
         scratch = self.scratch.like(x) if route == "dequantize" else None
         return ops.quant_matmul(
-            x, self.codes, self.scales, self.zeros, self.bits, self.group_size, self.bias, self.noise, scratch, route
+            x, self._codes(), self.scales, self.zeros, self.bits, self.group_size, self.bias, self.noise, scratch, route
         )
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
+from qzo.model.stream import CodeStream, stream_codes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,7 +20,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class LoadedModel:
-    """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization."""
+    """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization.
+
+    `stream` brings the codes to a GPU where they are kept in host memory.
+    """
 
     model: nn.Module
     folder: Folder
@@ -28,9 +32,15 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     embedding: HostEmbedding | None = None
+    stream: CodeStream | None = None
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
+
+    def rest(self) -> None:
+        """The state in which a forward may be captured or replayed as a graph: see CodeStream."""
+        if self.stream is not None:
+            self.stream.rest()
 
 
 def pick_device(device: str) -> torch.device:
@@ -140,9 +150,10 @@ def release(module: nn.Module) -> None:
 
 
 def _swap_quantized(
-    model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype, offload: bool
 ) -> dict[str, QuantLinear]:
-    scratch, layers = Scratch(), {}
+    """The QuantLinears by name, in their places. With `offload` the codes of the decoder layers stay on the CPU."""
+    scratch, layers, inside = Scratch(), {}, set(model.get_decoder().layers.modules()) if offload else ()
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, module in linears:
         if f"{name}.qweight" not in folder:
@@ -151,7 +162,8 @@ def _swap_quantized(
         tensors = read_layer(folder, name, config, rows, cols)
         for key in ("codes", "scales", "zeros", "perm"):
             value = getattr(tensors, key)
-            setattr(tensors, key, None if value is None else value.to(device))
+            stays = value is None or key == "codes" and module in inside
+            setattr(tensors, key, value if stays else value.to(device))
         bias = None
         if f"{name}.bias" in folder:
             stored = folder.read(f"{name}.bias")
@@ -183,21 +195,22 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
 def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: str = "none") -> LoadedModel:
     """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
 
-    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: none, or
-    embeddings, which then stay in host memory.
+    Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
+    memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.
     Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
     config = read_config(folder)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model = skeleton(folder)
-    layers = _swap_quantized(model, folder, config, where, kind) if config else {}
-    embedding = _keep_embeddings(model, folder, where, kind) if offload == "embeddings" else None
+    model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
+    layers = _swap_quantized(model, folder, config, where, kind, streamed) if config else {}
+    kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
+    embedding = _keep_embeddings(model, folder, where, kind) if kept else None
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
     model.config.use_cache = False
-    return LoadedModel(model, folder, config, layers, where, kind, embedding)
+    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None)

@@ -32,10 +32,14 @@ class Graphs:
     `loss(batches, variants)` gives fp32 [variants], and reads of the batches, which are dataclasses, tensors alone, on the
     optimizer's device. The shapes of all tensors make the key of a graph; the least recently used of more than
     `MAX_GRAPHS` is dropped. One pool of memory serves all graphs. `capture=False`, and a CPU, leave every step eager.
+    `rest()` brings what the host keeps track of for the loss to the one state in which every captured step begins and ends.
     """
 
-    def __init__(self, optimizer: ZO, loss: Callable[[Sequence[Any], int], Tensor], capture: bool = True):
-        self.optimizer, self.loss = optimizer, loss
+    def __init__(
+        self, optimizer: ZO, loss: Callable[[Sequence[Any], int], Tensor], capture: bool = True,
+        rest: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self.optimizer, self.loss, self.rest = optimizer, loss, rest
         self.capture = capture and optimizer.device.type == "cuda"
         self.captured: OrderedDict[tuple, Captured] = OrderedDict()
         self._seen: set[tuple] = set()
@@ -50,6 +54,7 @@ class Graphs:
         if not self.capture or key not in self._seen:
             self._seen.add(key)
             return self._eager(batches)
+        self.rest()
         if found := self.captured.get(key):
             for static, given in zip(_tensors(found.batches), _tensors(batches), strict=True):
                 static.copy_(given, non_blocking=True)
@@ -72,6 +77,7 @@ class Graphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 self._eager(static)
+                self.rest()
         except RuntimeError as error:
             # The end of a capture that ran out of memory fails too, and would hide why.
             if isinstance(error.__context__, torch.OutOfMemoryError):
