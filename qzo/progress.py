@@ -14,18 +14,18 @@ class Progress:
     seconds. The first state and the one where all is done always show. As a context manager it closes itself.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0, stream: TextIO | None = None, every: float = 5.0):
-        """`start`: what was done before, in a resumed run; it does not count for the ETA."""
+    def __init__(self, label: str, total: int, start: int = 0, stream: TextIO | None = None, every: float = 5.0, after: float = 0.0):
+        """`start`: what was done before, in a resumed run; it does not count for the ETA. Nothing shows in the first `after` seconds."""
         self._label, self._total, self._start = label, total, start
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
-        self._every = 0.1 if self._terminal else every
+        self._every, self._after = 0.1 if self._terminal else every, after
         self._began, self._shown, self._width = monotonic(), -math.inf, 0
 
     def update(self, done: int, **fields: Any) -> None:
         """Show that `done` of the total is done; floats among the fields are shown with four digits."""
         now = monotonic()
-        if done < self._total and now - self._shown < self._every:
+        if now - self._began < self._after or done < self._total and now - self._shown < self._every:
             return
         self._shown = now
         parts = [f"{self._label} {done}/{self._total}"]

@@ -24,12 +24,13 @@ def config(like: str) -> LlamaConfig:
     return LlamaConfig(**CONFIGS[like], max_position_embeddings=4096, use_cache=False, tie_word_embeddings=False)
 
 
-def _skeleton(like: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def skeleton(like: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model without its weights, on meta."""
     with torch.device("meta"):
         return LlamaForCausalLM(config(like)).to(dtype).eval().requires_grad_(False)
 
 
-def _fill(model: LlamaForCausalLM, device: torch.device) -> None:
+def fill(model: LlamaForCausalLM, device: torch.device) -> None:
     """Random values for every parameter still on meta; the rotary frequencies are computed."""
     for module in model.modules():
         for name, value in module._parameters.items():
@@ -42,14 +43,14 @@ def _fill(model: LlamaForCausalLM, device: torch.device) -> None:
 
 def dense_model(like: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     """The 16-bit model."""
-    model = _skeleton(like, dtype)
-    _fill(model, device)
+    model = skeleton(like, dtype)
+    fill(model, device)
     return model
 
 
 def quantized_model(like: str, device: torch.device, dtype: torch.dtype) -> tuple[LlamaForCausalLM, dict[str, QuantLinear]]:
     """The same with W4 g128 linears, but for the head, and their map by name."""
-    model, scratch, layers = _skeleton(like, dtype), Scratch(), {}
+    model, scratch, layers = skeleton(like, dtype), Scratch(), {}
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             rows, cols = module.out_features, module.in_features
@@ -60,7 +61,7 @@ def quantized_model(like: str, device: torch.device, dtype: torch.dtype) -> tupl
             parent, _, child = name.rpartition(".")
             setattr(model.model.get_submodule(parent), child, layer)
             layers[layer.name] = layer
-    _fill(model, device)
+    fill(model, device)
     return model, layers
 
 

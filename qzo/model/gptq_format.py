@@ -15,6 +15,7 @@ from qzo.model.files import Folder
 BITS = (2, 3, 4, 8)
 # Version 1 subtracted 1 from every lane at once: undone on the whole word, so that borrows run back too.
 _ONE_PER_LANE = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+_CPU = torch.device("cpu")
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
@@ -104,22 +105,25 @@ def pack_zeros(zeros: torch.Tensor, config: GptqConfig, where: str) -> torch.Ten
     return pack_codes(zeros.contiguous(), config.bits)
 
 
-def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: int) -> LayerTensors:
-    """The Linear `name` (K = cols -> N = rows) of a checkpoint, on the CPU. Raises BadInput for wrong shapes."""
+def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: int, device: torch.device = _CPU) -> LayerTensors:
+    """The Linear `name` (K = cols -> N = rows) of a checkpoint, unpacked on `device`. Raises BadInput for wrong shapes."""
     size = config.group(cols)
     groups = -(-cols // size)
     # What stays is made before what goes: freed memory below it could not be given back.
-    codes = torch.empty(rows, tiled_words(cols, config.bits), dtype=torch.int32)
-    scales = _read(folder, name, "scales", (groups, rows)).t().to(torch.float32).contiguous()
+    codes = torch.empty(rows, tiled_words(cols, config.bits), dtype=torch.int32, device=device)
+    scales = _read(folder, name, "scales", (groups, rows)).to(device).t().to(torch.float32).contiguous()
     if not bool(torch.isfinite(scales).all()):
         raise BadInput(f"{folder.path}, {name}.scales", "infinities or NaN", "finite scales")
-    zeros = unpack_zeros(_read(folder, name, "qzeros", (groups, packed_words(rows, config.bits))), config, rows).t().contiguous()
+    zeros = _read(folder, name, "qzeros", (groups, packed_words(rows, config.bits))).to(device)
+    zeros = unpack_zeros(zeros, config, rows).t().contiguous()
     if bool((zeros == 1 << (config.bits - 1)).all()):
         zeros = None
     perm = _permutation(folder, name, cols, size)
-    packed = _read(folder, name, "qweight", (packed_words(cols, config.bits), rows))
+    perm = None if perm is None else perm.to(device)
+    packed = _read(folder, name, "qweight", (packed_words(cols, config.bits), rows)).to(device)
     # Some rows at a time: unpacked as a whole, the codes and their intermediates outgrow a layer.
-    for given, tiled in zip(packed.split(64, dim=1), codes.split(64), strict=True):
+    few = 64 if device.type == "cpu" else 256
+    for given, tiled in zip(packed.split(few, dim=1), codes.split(few), strict=True):
         plain = unpack_codes(given.t().contiguous(), config.bits, cols)
         tiled.copy_(tile_codes(plain if perm is None else plain[:, perm], config.bits))
     return LayerTensors(codes, scales, zeros, perm)

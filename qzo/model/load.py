@@ -13,6 +13,7 @@ from qzo.model.files import Folder, one_line
 from qzo.model.gptq_format import GptqConfig, read_config, read_layer
 from qzo.model.linear import QuantLinear, Scratch
 from qzo.model.stream import CodeStream, stream_codes
+from qzo.progress import Progress
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -154,16 +155,13 @@ def _swap_quantized(
 ) -> dict[str, QuantLinear]:
     """The QuantLinears by name, in their places. With `offload` the codes of the decoder layers stay on the CPU."""
     scratch, layers, inside = Scratch(), {}, set(model.get_decoder().layers.modules()) if offload else ()
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for name, module in linears:
-        if f"{name}.qweight" not in folder:
-            continue
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.qweight" in folder]
+    progress = Progress("load", len(linears), after=2.0)
+    for number, (name, module) in enumerate(linears):
         rows, cols = module.out_features, module.in_features
-        tensors = read_layer(folder, name, config, rows, cols)
-        for key in ("codes", "scales", "zeros", "perm"):
-            value = getattr(tensors, key)
-            stays = value is None or key == "codes" and module in inside
-            setattr(tensors, key, value if stays else value.to(device))
+        tensors = read_layer(folder, name, config, rows, cols, device)
+        if module in inside:
+            tensors.codes = tensors.codes.cpu()
         bias = None
         if f"{name}.bias" in folder:
             stored = folder.read(f"{name}.bias")
@@ -176,6 +174,10 @@ def _swap_quantized(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         layers[name] = layer
+        progress.update(number + 1)
+    progress.close()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what unpacking took
     if not layers:
         raise BadInput(str(folder.path), "a quantization config and no quantized tensor", "qweight, qzeros, scales")
     return layers

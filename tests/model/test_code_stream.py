@@ -262,14 +262,6 @@ def test_models_compute_the_same_bits(family, layers, tmp_path, monkeypatch):
     assert lanes.fetched > 3 * 6 * layers or layers < 3
 
 
-def test_loading_leaves_the_codes_on_the_host(tmp_path):
-    folder = Folder(write(tmp_path, "opt", 2))
-    layers = _swap_quantized(skeleton(folder), folder, read_config(folder), torch.device("meta"), torch.float32, True)
-    assert len(layers) == 12
-    for layer in layers.values():
-        assert layer.codes.device == CPU and layer.scales.is_meta and layer.zeros.is_meta and layer.bias.is_meta
-
-
 def test_on_a_cpu_nothing_changes(tmp_path):
     path = write(tmp_path, "llama", 3)
     loaded = [load_model(path, "cpu", "fp32", offload) for offload in ("none", "codes")]
