@@ -232,6 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     # Deterministic cuBLAS needs it before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Segments that grow page by page: rounded up one by one, a model's tensors take 3 % more.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         args.run(args)
         return 0

@@ -297,3 +297,13 @@ def test_bench_memory_runs_what_it_compares(tmp_path, monkeypatch, capsys):
     (row,) = json.loads(out.read_text())["rows"]
     assert row["exit"] == 0 and row["peak_gb"] > 0.1 and row["ms_per_step"] > 0 and row["estimate_gb"] == 0.0, "a model of kilobytes"
     assert not (tmp_path / "tiny-w4").exists() and "tiny" in capsys.readouterr().out
+
+
+def test_bench_quantize_memory_kills_and_continues(tmp_path, monkeypatch):
+    out = tmp_path / "quantize.json"
+    command = ["bench_quantize_memory", "--models", str(tmp_path), "--like", "tiny", "--gptq-layers", "1", "--keep", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    script("bench_quantize_memory").main()
+    rtn, killed, continued = json.loads(out.read_text())["rows"]
+    assert (rtn["exit"], killed["exit"], continued["exit"]) == (0, -9, 0) and rtn["host_gb"] > 0.1
+    assert continued["layers"] == "1 to 2" and (tmp_path / "tiny-w4").is_dir() and not (tmp_path / "tiny-16").exists()
