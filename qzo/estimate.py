@@ -24,7 +24,7 @@ SLACK = "allocator, workspaces"  # the part that is of no tensor
 PHASES = ("load", "step", "evaluate", "snapshot", "export")
 _WORKSPACE = 96 << 20  # cuBLAS, on the streams of eager and of captured work
 _SLACK = 0.01  # of everything: what the allocator rounds up and cannot use again
-_LARGE, _ROUND = 10 << 20, 2 << 20  # bytes from which it gives a tensor a segment of its own, and their unit
+_PROBE = 32  # tokens of that sentence, at most
 _HOLES = 1.25  # activations of two sizes come and go, and leave holes: measured
 
 
@@ -125,7 +125,7 @@ class Estimate:
 
 def estimate(shapes: Shapes, step: Work, evaluation: Work, dtype: torch.dtype, device: str, captured: bool = True) -> Estimate:
     """The memory of a run on `device` ("cpu" or "cuda") in `dtype`; captured: its steps become CUDA graphs."""
-    weights = _weights(shapes, dtype, device)
+    weights = _weights(shapes, dtype)
     phases = {"load": weights, "step": weights | _forward(shapes, step, dtype, device)}
     # What is free after a step is free for an evaluation, but for the pool of the graphs.
     kept = {"scratch": phases["step"]["scratch"]}
@@ -134,29 +134,25 @@ def estimate(shapes: Shapes, step: Work, evaluation: Work, dtype: torch.dtype, d
     forward = _forward(shapes, evaluation, dtype, device)
     phases["evaluate"] = weights | forward | kept | {"scratch": max(forward["scratch"], kept["scratch"])}
     phases["snapshot"] = weights | kept
+    # Written on the host; then a process of its own reads it again and compares the logits of a sentence.
+    phases["export"] = weights | _forward(shapes, Work(1, _PROBE, _PROBE), dtype, device)
     found = {}
     for phase, parts in phases.items():
         slack = int(_SLACK * sum(parts.values())) + (_WORKSPACE if device == "cuda" else 0)
         found[phase] = parts | {SLACK: slack}
-    # An export reads and writes on the host.
-    return Estimate(found | {"export": {}})
+    return Estimate(found)
 
 
-def _weights(shapes: Shapes, dtype: torch.dtype, device: str) -> dict[str, int]:
+def _weights(shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
     found = {"codes": 2 * max(shapes.host_codes().values(), default=0), "scales": 0, "zeros, order": 0}
     quantization = shapes.quantization
     for linear in shapes.linears:
         groups = -(-linear.cols // quantization.group(linear.cols))
         if not shapes.streamed or linear.layer is None:
-            found["codes"] += _segment(shapes.code_bytes(linear), device)
-        found["scales"] += _segment(4 * linear.rows * groups, device)
+            found["codes"] += shapes.code_bytes(linear)
+        found["scales"] += 4 * linear.rows * groups
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
-    return found | {"embeddings, norms, head": sum(_segment(count * dtype.itemsize, device) for count in shapes.others.values())}
-
-
-def _segment(size: int, device: str) -> int:
-    """What a tensor of `size` bytes takes up of the device."""
-    return -(-size // _ROUND) * _ROUND if device == "cuda" and size >= _LARGE else size
+    return found | {"embeddings, norms, head": sum(shapes.others.values()) * dtype.itemsize}
 
 
 def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from qzo.model.linear import QuantLinear
 from qzo.model.load import load_model, pick_device, skeleton
 from qzo.model.save import FolderWriter
 from qzo.progress import Progress
-from qzo.run import load_run, read_run, steps_to, tuned_state
+from qzo.run import load_run, read_run, recipe_of, steps_to, tuned_state
 
 FORMATS = ("gptq", "gptq_v2", "hf")
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
@@ -129,7 +129,7 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
         target.load_state(_rounded(loaded.folder, target.state()))
     rounded = _logits(loaded.model, ids)
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[loaded.dtype]
-    offload = "none" if loaded.stream is None else "codes"
+    offload = recipe_of(read_run(run)[0], run).offload
     del loaded, targets, target
     written = load_model(out, where.type, dtype, offload)
     logits = _logits(written.model, ids)

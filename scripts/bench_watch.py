@@ -30,16 +30,19 @@ def host_used(pid: int) -> float:
 def watch(command: Sequence[str], enough: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Run `command`, alone on its GPU, to its end, or kill -9 it when `enough()`.
 
-    {exit, seconds, device_gb, host_gb: the most of each, said: its last line on stderr}
+    {exit, seconds, device_gb, host_gb: the most of each; printed, said: its last lines}
     """
     before, began = device_used(), time.monotonic()
     device = host = 0.0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             device, host = max(device, device_used() - before), max(host, host_used(process.pid))
             if enough():
                 process.kill()
                 break
             time.sleep(PAUSE)
-        said = process.communicate()[1].strip().splitlines()
-    return {"exit": process.returncode, "seconds": time.monotonic() - began, "device_gb": device, "host_gb": host, "said": (said or [""])[-1]}
+        out, said = (text.strip().splitlines() or [""] for text in process.communicate())
+    return {
+        "exit": process.returncode, "seconds": time.monotonic() - began, "device_gb": device, "host_gb": host,
+        "printed": out[-1], "said": said[-1],
+    }  # fmt: skip

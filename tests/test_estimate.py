@@ -59,7 +59,7 @@ def test_weights_are_those_of_a_loaded_model(shared):
 def test_parts_follow_the_work():
     one = estimate(LLAMA_13B, Work(1, 64, 1), Work(1, 64, 1), torch.bfloat16, "cuda")
     many = estimate(LLAMA_13B, Work(16, 256, 16, 2), Work(16, 256, 16), torch.bfloat16, "cuda")
-    assert set(one.phases) == set(PHASES) and one.total("export") == 0
+    assert set(one.phases) == set(PHASES) and one.total("load") < one.total("export") < one.total("load") * 1.01
     assert one.phases["step"]["scratch"] == 0 and many.phases["step"]["scratch"] == 13824 * 5120 * 2
     assert many.phases["step"]["activations"] > 60 * one.phases["step"]["activations"]
     assert many.phases["snapshot"]["CUDA graphs"] == many.phases["step"]["activations"] + many.phases["step"]["logits"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,13 @@ class Folder:
 
     def sha256(self) -> str:
         """Identity of the weights: SHA-256 over the weight files' own SHA-256, in order of their names."""
-        total = hashlib.sha256()
-        for name in sorted(set(self.tensors.values())):
+
+        def digest(name: str) -> bytes:
             with open(self.path / name, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+                return hashlib.file_digest(file, "sha256").digest()
+
+        with ThreadPoolExecutor(8) as pool:
+            return hashlib.sha256(b"".join(pool.map(digest, sorted(set(self.tensors.values()))))).hexdigest()
 
     def copy_side_files(self, out: Path) -> None:
         """Tokenizer, generation config, licence: all that belongs to a model and is neither weights nor config."""

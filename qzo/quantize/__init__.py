@@ -31,14 +31,15 @@ def quantize_model(
 
     One layer at a time is in memory. GPTQ reads `samples` windows of `max_length` tokens (at most the model's
     context) from `calibration`; rtn needs none. `progress(linears done, in all, text)` is called first and after each set
-    of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error}: the relative error of the
-    Linears' outputs on the calibration inputs, of their weights for rtn. Raises BadInput for what cannot be
+    of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
+    error of the Linears' outputs on the calibration inputs, of their weights for rtn; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
 
     A call that was killed, interrupted or out of memory or disk space leaves the layers that it finished in
     `<out>.partial`; the same call continues after them, and writes the same tensors as one that nothing disturbed.
     With other settings it raises BadInput; `restart` discards them.
     """
+    from qzo.memory import peak
     from qzo.model.files import Folder
     from qzo.model.load import load_tokenizer, pick_device, pick_dtype, skeleton
     from qzo.quantize.calibration import load_windows
@@ -63,7 +64,7 @@ def quantize_model(
     return {
         "linears": len(names), "seconds": time.monotonic() - begin,
         "bytes_before": _weight_bytes(folder.path), "bytes_after": _weight_bytes(path),
-        "mean_relative_error": sum(errors) / len(errors),
+        "mean_relative_error": sum(errors) / len(errors), "peak_memory": peak(where),
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """W[n, k] = scales[n, g_idx[k]]·(codes[n, k] - zeros[n, g_idx[k]]), fp32 [N, K]."""
         group = self.g_idx.long()
-        return (self.codes.float() - self.zeros.float()[:, group]) * self.scales[:, group]
+        return self.codes.float().sub_(self.zeros[:, group]).mul_(self.scales[:, group])
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -174,13 +174,15 @@ class Walk:
             weights.append(self.folder.read(f"{full}.weight").to(self.device, torch.float32))
             if not bool(torch.isfinite(weights[-1]).all()):
                 raise BadInput(f"{self.folder.path}, {full}.weight", "infinities or NaN", "finite weights")
+        sizes = [len(weight) for weight in weights]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        del weights
         method = rtn if hessian is None else gptq
         result = method.quantize_weight(weight, self.config, hessian)
         restored = result.dequantize()
         start = 0
-        for full, linear, part in zip(names, subset, weights, strict=True):
-            rows = slice(start, start + len(part))
+        for full, linear, size in zip(names, subset, sizes, strict=True):
+            rows = slice(start, start + size)
             start = rows.stop
             write_linear(writer, full, rows, result, self.config)
             if hessian is not None:
@@ -232,18 +234,18 @@ def _subsets(layer: nn.Module, hidden: Tensor, kwargs: dict) -> list[list[str]]:
 
 
 def _relative_error(weight: Tensor, restored: Tensor, hessian: Tensor | None) -> float:
-    error = restored - weight
+    """Overwrites `restored`."""
+    error = restored.sub_(weight)
     if hessian is None:
         return float(error.norm() / weight.norm().clamp(min=1e-30))
-    lost, whole = (float(((m @ hessian) * m).sum()) for m in (error, weight))
+    lost, whole = (float((m @ hessian).mul_(m).sum()) for m in (error, weight))
     return (max(lost, 0.0) / max(whole, 1e-30)) ** 0.5
 
 
 def write_linear(writer: FolderWriter, name: str, rows: slice, result: Quantized, config: GptqConfig) -> None:
     """Queue qweight, qzeros, scales and g_idx of the Linear made of some rows of a quantized weight."""
-    writer.add(f"{name}.qweight", pack_codes(result.codes[rows].cpu(), config.bits).t())
-    zeros = result.zeros[rows].t().contiguous().cpu()
-    writer.add(f"{name}.qzeros", pack_zeros(zeros, config, name))
+    writer.add(f"{name}.qweight", pack_codes(result.codes[rows], config.bits).t().contiguous())
+    writer.add(f"{name}.qzeros", pack_zeros(result.zeros[rows].t().contiguous(), config, name))
     writer.add(f"{name}.scales", result.scales[rows].t().half())
     writer.add(f"{name}.g_idx", result.g_idx)
 

@@ -113,6 +113,15 @@ def test_damping_grows_until_the_factor_exists():
         inverse_factor(torch.full((8, 8), float("nan")))
 
 
+@pytest.mark.parametrize("size", [1, 2, 1024, 1025, 2100])
+def test_large_factors_are_inverted_in_blocks(size):
+    x = torch.randn(2 * size + 3, size, generator=torch.Generator().manual_seed(size))
+    hessian = x.t() @ x / len(x)
+    damped = hessian.double() + gptq.DAMPING[0] * hessian.diagonal().mean() * torch.eye(size)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert (inverse_factor(hessian.flip(0, 1)) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_factor_is_the_cholesky_factor_of_the_inverse():
     torch.manual_seed(5)
     x = torch.randn(200, 40)
