@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def about(device: torch.device) -> dict[str, Any]:
         found |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for name in ("triton", "transformers"):
-        versions[name] = getattr(sys.modules.get(name), "__version__", None)
+        versions[name] = version(name)
     return found | {"versions": versions}
 
 

@@ -5,34 +5,17 @@ import json
 import math
 import sys
 from dataclasses import replace
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
 import torch
 from qzo_kernels import ops, reference
 from tiny_lanes import AtOnce
+from tiny_scripts import SCRIPTS, script
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GREEN = f"# NVIDIA H200, commit {COMMIT}: pytest tests/kernels\n....\n4 passed, 1 deselected in 2.00s\n"
-
-
-def script(name: str):
-    """A module of scripts/, with or without a suffix."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        path = next(p for p in (SCRIPTS / name, SCRIPTS / f"{name}.py") if p.exists())
-        if path.suffix:
-            return __import__(name)
-        loader = SourceFileLoader(name, str(path))
-        module = module_from_spec(spec_from_loader(name, loader))
-        loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 common, report, cases, rivals, models = map(script, ("bench_common", "bench_report", "bench_cases", "bench_rivals", "bench_models"))

@@ -5,8 +5,6 @@ import math
 import re
 import shutil
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
@@ -14,23 +12,20 @@ import pytest
 import torch
 from qzo_kernels import reference
 from safetensors.torch import load_file
+from tiny_scripts import script as load_script
 
 import qzo.model.save
 from qzo.model.files import Folder
 from qzo.model.load import load_model, skeleton
 from qzo.quantize import quantize_model
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_random_model"
 TEXT = "the film is good, the acting is bad and nobody knows what any of it was about. " * 6
 KINDS = {"bf16": [], "4 bits": ["--bits", "4"], "3 bits": ["--bits", "3"], "2 bits": ["--bits", "2"]}
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    loader = SourceFileLoader("make_random_model", str(SCRIPT))
-    module = module_from_spec(spec_from_loader("make_random_model", loader))
-    loader.exec_module(module)
-    return module
+    return load_script("make_random_model")
 
 
 @pytest.fixture
