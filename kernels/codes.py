@@ -55,26 +55,26 @@ def _rounded(x, u, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _plain(q, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr):
+def _plain(q, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr):
     """Eight codes after one step: every direction's part rounded on its own, the sum kept in range."""
     at = [x for x in q]
     for i in range(DIRECTIONS):
         c = tl.load(p_coefs + i)
         if c != 0:
-            z = quantized_normals(p_table, seed, step, i, uid, row, eight, cols, 2, LEVELS)
+            z = quantized_normals(p_table, seed, step, i, uid, row, eight, cols, STREAM, LEVELS)
             u = uniforms(seed, step, i, uid, row, eight, cols, 3)
             at = [at[k] - _rounded(c * z[k].to(tl.float32), u[k], 32768.0) for k in (0, 1, 2, 3, 4, 5, 6, 7)]
     return [tl.minimum(tl.maximum(x, 0), TOP) for x in at]
 
 
 @triton.jit
-def _fed_back(at, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr):
+def _fed_back(at, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr):
     """Eight positions, code·2¹⁶ + residual, after one step."""
     g = [tl.zeros_like(row).to(tl.float32) for x in at]
     for i in range(DIRECTIONS):
         c = tl.load(p_coefs + i)
         if c != 0:
-            z = quantized_normals(p_table, seed, step, i, uid, row, eight, cols, 2, LEVELS)
+            z = quantized_normals(p_table, seed, step, i, uid, row, eight, cols, STREAM, LEVELS)
             g = [g[k] + c * z[k].to(tl.float32) for k in (0, 1, 2, 3, 4, 5, 6, 7)]
     u = uniforms(seed, step, 0, uid, row, eight, cols, 3)
     at = [at[k] - _rounded(g[k] * 65536.0, u[k], 1073741824.0) for k in (0, 1, 2, 3, 4, 5, 6, 7)]
@@ -109,7 +109,7 @@ def _store_residual(p, r, col, cols, inside, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["uid"])
 def _update_codes_kernel(
     p_codes, p_residual, p_state, p_coefs, p_table, rows, cols, words, uid, BITS: tl.constexpr, LEVELS: tl.constexpr,
-    STEPS: tl.constexpr, DIRECTIONS: tl.constexpr, FEEDBACK: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr, FEEDBACK: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = 2 if BITS == 3 else BITS
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -140,12 +140,12 @@ def _update_codes_kernel(
             r = _load_residual(p_r, col, cols, inside, ALIGNED)
             at = [q[k] * 65536 + r[k] for k in (0, 1, 2, 3, 4, 5, 6, 7)]
             for s in range(STEPS):
-                at = _fed_back(at, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS)
+                at = _fed_back(at, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
             q = [(x + 32768) >> 16 for x in at]
             _store_residual(p_r, [at[k] - (q[k] << 16) for k in (0, 1, 2, 3, 4, 5, 6, 7)], col, cols, inside, ALIGNED)
         else:
             for s in range(STEPS):
-                q = _plain(q, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS)
+                q = _plain(q, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
         q = [tl.where(col + k < cols, q[k], 0) for k in (0, 1, 2, 3, 4, 5, 6, 7)]
         low = [x & ((1 << B) - 1) for x in q]
         new = [new[t] | ((low[2 * t] | (low[2 * t + 1] << 16)) << (p * B)) for t in (0, 1, 2, 3)]
@@ -167,7 +167,7 @@ def _table(device: torch.device) -> Tensor:
 
 
 def launch_update_codes(
-    codes: Tensor, residual: Tensor | None, state: Tensor, coefs: Tensor, uid: int, bits: int, cols: int, noise_bits: int
+    codes: Tensor, residual: Tensor | None, state: Tensor, coefs: Tensor, uid: int, bits: int, cols: int, noise_bits: int, stream: int
 ) -> None:
     """`reference_codes.update_codes_` on the codes' device; arguments as checked by ops_codes.py."""
     rows, words = codes.shape
@@ -179,6 +179,6 @@ def launch_update_codes(
     with torch.cuda.device_of(codes):
         _update_codes_kernel[(tiles,)](
             codes, residual, state, coefs, _table(codes.device), rows, cols, words, noise.signed(uid),
-            BITS=bits, LEVELS=(1 << (noise_bits - 1)) - 1, STEPS=coefs.shape[0], DIRECTIONS=coefs.shape[1],
+            BITS=bits, LEVELS=(1 << (noise_bits - 1)) - 1, STEPS=coefs.shape[0], DIRECTIONS=coefs.shape[1], STREAM=stream,
             FEEDBACK=residual is not None, ALIGNED=aligned, ROWS=height, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

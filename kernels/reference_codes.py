@@ -42,9 +42,9 @@ def rounded(x: Tensor, uniform: Tensor, limit: float) -> Tensor:
 
 
 def update_codes_(
-    codes: Tensor, residual: Tensor | None, state: Tensor, coefs: Tensor, uid: int, bits: int, cols: int, noise_bits: int
+    codes: Tensor, residual: Tensor | None, state: Tensor, coefs: Tensor, uid: int, bits: int, cols: int, noise_bits: int, stream: int
 ) -> None:
-    """Move codes by −Σ_i coefs[s, i]·u_i for S steps in place, u_i the `quantized_normal` of stream 2.
+    """Move codes by −Σ_i coefs[s, i]·u_i for S steps in place, u_i the `quantized_normal` of `stream` (1: as in the forward; 2).
 
     codes int32 [N, tiled_words(cols, bits)] as pack.tile_codes lays them out; state int64 [2] = (seed, first step);
     coefs f32 [S, D], finite, in code units per noise level: η μ_i/n · 4/L / (grid step). 0 changes no bit.
@@ -62,7 +62,7 @@ def update_codes_(
     q = untile_codes(codes, bits, cols).to(torch.int32)
     at = None if residual is None else (q << 16) + residual
     for s in range(len(coefs)):
-        moves = _moves(coefs[s], shape, seed, first + s, uid, noise_bits)
+        moves = _moves(coefs[s], shape, seed, first + s, uid, noise_bits, stream)
         if at is None:
             for i, move in moves:
                 q -= rounded(move, uniform24(shape, seed, first + s, i, uid, 3, codes.device), 2.0**15)
@@ -79,8 +79,8 @@ def update_codes_(
     codes.copy_(tile_codes(q.to(torch.uint8), bits))
 
 
-def _moves(coefs: Tensor, shape: tuple[int, int], seed: int, step: int, uid: int, noise_bits: int):
+def _moves(coefs: Tensor, shape: tuple[int, int], seed: int, step: int, uid: int, noise_bits: int, stream: int):
     """(direction, f32 c·u) of every direction that moves something, in order."""
     for i, c in enumerate(coefs):
         if c.item():
-            yield i, quantized_normal(shape, seed, step, i, uid, 2, noise_bits, coefs.device).to(torch.float32) * c
+            yield i, quantized_normal(shape, seed, step, i, uid, stream, noise_bits, coefs.device).to(torch.float32) * c

@@ -23,12 +23,12 @@ def update_codes(bench: Bench, feedback: bool) -> Case:
         coefs = torch.full((1, 1), 1e-3, device=bench.device)
 
         def call(i: int) -> None:
-            update_codes_(codes[i], residual, state, coefs, UID, 4, layer.cols, 4)
+            update_codes_(codes[i], residual, state, coefs, UID, 4, layer.cols, 4, 2)
 
         def error() -> float:
             mine, exact = ([codes[0][:64].clone(), None if residual is None else residual[:64] * 0] for _ in range(2))
-            update_codes_(*mine, state, coefs, UID, 4, layer.cols, 4)
-            reference_codes.update_codes_(*exact, state, coefs, UID, 4, layer.cols, 4)
+            update_codes_(*mine, state, coefs, UID, 4, layer.cols, 4, 2)
+            reference_codes.update_codes_(*exact, state, coefs, UID, 4, layer.cols, 4, 2)
             return float((mine[0] != exact[0]).double().mean())
 
         return Made(call, len(codes), error=error)
