@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from qzo_kernels import ops
+from qzo_kernels import ops, ops_a8, ops_noisy
 from torch import nn
 
 from qzo.model.gptq_format import LayerTensors
@@ -36,7 +36,9 @@ class QuantLinear(nn.Module):
     """y = x·Wᵀ + bias with W[n, k] = scales[n, k // group_size]·(code - zero), W never stored.
 
     scales is a Parameter without gradient, fp32 [N, G]. With `noise` set, x [V·B, ..., K] is cut into V equal parts
-    along dim 0, and part v is multiplied with the weight under variant v of the noise on the scales.
+    along dim 0, and part v is multiplied with the weight under variant v of the noise, on the scales or on the codes.
+    `activations` "int8" or "fp8": x is rounded to 8 bits per row, and the product is of integers. `adapter`: a function of x (in
+    the model's order of channels) whose values are added.
     Where `codes` stay on the host, `source` gives them on the device of the scales (model/stream.py).
     """
 
@@ -54,7 +56,9 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scratch = scratch or Scratch()
         self.scratch.reserve(self.out_features * self.in_features)
-        self.noise: ops.Noise | None = None
+        self.noise: ops.Noise | ops_noisy.CodeNoise | None = None
+        self.activations: str | None = None
+        self.adapter: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.source: Callable[[], torch.Tensor] | None = None
 
     def _codes(self) -> torch.Tensor:
@@ -67,13 +71,19 @@ class QuantLinear(nn.Module):
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.perm is not None:
-            x = x.index_select(-1, self.perm)
+        y = self._product(x if self.perm is None else x.index_select(-1, self.perm))
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
+        if isinstance(self.noise, ops_noisy.CodeNoise):
+            return ops_noisy.noisy_matmul(x, *weight, self.bias, self.noise, self.activations, self.scratch.like(x))
+        if self.activations:
+            packed = ops_a8.takes_packed(self.bits, self.group_size, self.in_features)
+            return ops_a8.quant_matmul_a8(x, *weight, self.activations, self.bias, self.noise, None if packed else self.scratch.like(x))
         route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise)
         scratch = self.scratch.like(x) if route == "dequantize" else None
-        return ops.quant_matmul(
-            x, self._codes(), self.scales, self.zeros, self.bits, self.group_size, self.bias, self.noise, scratch, route
-        )
+        return ops.quant_matmul(x, *weight, self.bias, self.noise, scratch, route)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
