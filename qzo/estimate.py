@@ -71,6 +71,8 @@ class Shapes:
     quantization: GptqConfig
     config: dict
     streamed: bool = False  # the codes of the decoder layers lie in host memory, but for those of two
+    noisy_codes: bool = False  # forwards go through the scratch, for the noise is on the codes
+    residuals: bool = False  # 2 bytes beside each code
 
     def host_codes(self) -> Counter[int]:
         """Bytes of codes in host memory by decoder layer."""
@@ -152,6 +154,8 @@ def _weights(shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
             found["codes"] += shapes.code_bytes(linear)
         found["scales"] += 4 * linear.rows * groups
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
+    if shapes.residuals:
+        found["residuals"] = sum(2 * linear.rows * linear.cols for linear in shapes.linears)
     return found | {"embeddings, norms, head": sum(shapes.others.values()) * dtype.itemsize}
 
 
@@ -173,4 +177,4 @@ def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dic
 
 def _dequantizes(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> bool:
     bits, group = shapes.quantization.bits, shapes.quantization.group
-    return device != "cuda" or not all(takes_fused(work.tokens, dtype, bits, group(linear.cols), linear.cols) for linear in shapes.linears)
+    return device != "cuda" or shapes.noisy_codes or not all(takes_fused(work.tokens, dtype, bits, group(linear.cols), linear.cols) for linear in shapes.linears)

@@ -4,18 +4,20 @@ The base checkpoint is copied tensor by tensor; only scales (and norms and biase
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from qzo.data.encode import leading_ids
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig, pack_zeros, read_config, read_layer, unpack_zeros
+from qzo.model.gptq_format import GptqConfig, pack_layer, pack_zeros, read_config, read_layer, unpack_zeros
 from qzo.model.linear import QuantLinear
 from qzo.model.load import load_model, pick_device, skeleton
 from qzo.model.save import FolderWriter
 from qzo.progress import Progress
-from qzo.run import load_run, read_run, recipe_of, steps_to, tuned_state
+from qzo.rebuild import load_run, tuned_state
+from qzo.run import read_run, recipe_of, steps_to
 
 FORMATS = ("gptq", "gptq_v2", "hf")
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
@@ -39,7 +41,8 @@ def export_run(run: str, out: str, format: str | None = None, to: int | None = N
         if format == "hf":
             _write_dense(folder, config, state, writer, progress)
         else:
-            _write_gptq(folder, config, format, state, writer, progress)
+            cols = {tensor["name"]: tensor["shape"][1] for group in header["groups"] for tensor in group["tensors"]}
+            _write_gptq(folder, config, format, state, cols, writer, progress)
     return {"steps": steps, "out": str(out), "format": format, "rounding": _rounding(state), "state": state}
 
 
@@ -48,27 +51,34 @@ def _rounded(folder: Folder, state: dict[str, torch.Tensor]) -> dict[str, torch.
     rounded = {}
     for name, value in state.items():
         tensor, _, kind = name.rpartition("/")
+        if not value.is_floating_point():
+            rounded[name] = value
+            continue
         rounded[name] = value.to(torch.float16 if kind == "scales" else folder.read(tensor).dtype)
         if not bool(torch.isfinite(rounded[name]).all()):
             raise RunFailed(name, f"a tuned value beyond the range of {rounded[name].dtype}", "smaller values", "Tune with a lower lr.")
     return rounded
 
 
-def _tuned(state: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+def _tuned(state: dict[str, Any], name: str) -> Any:
     """The tuned tensor of a stored one; base-model checkpoints leave out the leading `model.` of the model's names."""
     return state.get(name, state.get(f"model.{name}"))
 
 
 def _write_gptq(
-    folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress
-) -> None:
+    folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], cols: dict[str, int], writer: FolderWriter,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """`cols`: columns of the tensors that moved, by name."""
     target = dataclasses.replace(config, version=version)
     rounded = _rounded(folder, state)
     for number, name in enumerate(folder.tensors):
         value = folder.read(name)
         module, _, kind = name.rpartition(".")
-        if kind == "scales":
-            value = _tuned(rounded, f"{module}/scales").t()
+        if kind == "scales" and (tuned := _tuned(rounded, f"{module}/scales")) is not None:
+            value = tuned.t()
+        elif kind == "qweight" and (tuned := _tuned(rounded, f"{module}/codes")) is not None:
+            value = pack_layer(tuned, folder, module, config, _tuned(cols, f"{module}/codes"))
         elif kind == "qzeros" and version != config.version:
             rows = folder.shape(f"{module}.scales")[1]
             value = pack_zeros(unpack_zeros(value, config, rows), target, name)
@@ -93,7 +103,9 @@ def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tens
             linear = modules.get(module) or modules[f"model.{module}"]
             cols = linear.in_features
             tensors = read_layer(folder, module, config, linear.out_features, cols)
-            tensors.scales = _tuned(state, f"{module}/scales")
+            scales, codes = (_tuned(state, f"{module}/{kind}") for kind in ("scales", "codes"))
+            tensors.scales = tensors.scales if scales is None else scales
+            tensors.codes = tensors.codes if codes is None else codes
             layer = QuantLinear(module, tensors, config.bits, config.group(cols), cols)
             writer.add(f"{module}.weight", layer.weight(torch.float16))
         elif kind not in parts:
@@ -129,9 +141,9 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
         target.load_state(_rounded(loaded.folder, target.state()))
     rounded = _logits(loaded.model, ids)
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[loaded.dtype]
-    offload = recipe_of(read_run(run)[0], run).offload
+    recipe = recipe_of(read_run(run)[0], run)
     del loaded, targets, target
-    written = load_model(out, where.type, dtype, offload)
+    written = load_model(out, where.type, dtype, recipe.offload, recipe.activations)
     logits = _logits(written.model, ids)
     exact = bool(torch.equal(logits, rounded))
     if written.layers and not exact:

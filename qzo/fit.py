@@ -43,7 +43,8 @@ class Fit:
     ):  # fmt: skip
         self.recipe, self.examples, self.generation = recipe, len(encoded), generation
         self.one = largest(encoded)
-        self.whole = Shapes.of(folder, quantization)
+        quzo = recipe.method == "quzo"
+        self.whole = replace(Shapes.of(folder, quantization), noisy_codes=quzo, residuals=quzo and recipe.feedback)
         self.device: torch.device = pick_device(recipe.device)
         self.dtype = pick_dtype(recipe.dtype, self.device)
         self.shapes = _kept(self.whole, recipe.offload, self.device.type)
@@ -91,7 +92,7 @@ class Fit:
             yield "stacked=false", self.estimate(stacked=False).peak
         if self.recipe.offload == "none":
             yield "offload=embeddings", self.estimate(offload="embeddings").peak
-        if self.recipe.offload != "codes" and not self.recipe.dense:
+        if self.recipe.offload != "codes" and not self.recipe.dense and self.recipe.method == "qzo":
             yield "offload=codes stacked=true", self.estimate(stacked=True, offload="codes").peak
         bits = self.shapes.quantization.bits
         if bits > 2 and not self.shapes.streamed:

@@ -59,10 +59,14 @@ class Recipe(BaseModel):
     train_examples: _Count | None = Field(1000, description="examples to tune on; null: all")
     eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
     max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
-    method: Literal["qzo"] = Field("qzo", description="what moves: qzo tunes the scales")
+    method: Literal["qzo", "quzo"] = Field("qzo", description="what moves: qzo tunes the scales, quzo the integer codes")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
     eps_mode: Literal["relative", "absolute"] = Field("relative", description="s * (1 + eps z), or s + eps z")
-    eps: _Positive = Field(0.03, description="size of the perturbation, in units of eps_mode")
+    noise_bits: int = Field(4, ge=2, le=8, description="bits of a direction (quzo)")
+    estimator: Literal["rge1", "rge2"] = Field("rge1", description="one rounding of a direction for forward and update, or two (quzo)")
+    feedback: bool = Field(True, description="keep what the rounding of an update leaves over, 2 bytes per weight (quzo)")
+    activations: Literal["int8", "fp8"] | None = Field(None, description="8-bit inputs of the quantized layers; null: 16 bits")
+    eps: _Positive = Field(0.03, description="size of the perturbation, in units of eps_mode; quzo: in grid steps")
     lr: _Rate = Field(description="learning rate at the top of the schedule")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="course of the learning rate")
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises to lr")
@@ -244,6 +248,14 @@ def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
         dense = values.get("dense")
         fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
         problems.append(("offload", "codes with stacked: false", fix))
+    if values.get("method") == "quzo":
+        for key, plain in (("noise", "rademacher"), ("eps_mode", "relative"), ("dense", False)):
+            if values.get(key, plain) != plain:
+                problems.append((key, f"{_show(values[key])} with method: quzo", _show(plain)))
+        if values.get("offload") == "codes":
+            problems.append(("offload", "codes with method: quzo, which writes them", "none or embeddings"))
+        if values.get("activations") == "fp8" and values.get("noise_bits", 4) > 5:
+            problems.append(("noise_bits", f"{values['noise_bits']} with activations: fp8", "at most 5, whose levels fp8 holds"))
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))

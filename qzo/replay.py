@@ -7,7 +7,8 @@ from qzo.errors import RunFailed
 from qzo.model.files import Folder
 from qzo.model.load import pick_device
 from qzo.progress import Progress
-from qzo.run import read_run, steps_to, tuned_state
+from qzo.rebuild import tuned_state
+from qzo.run import read_run, steps_to
 
 
 def replay_run(run: str, to: int | None = None, verify: bool = False, device: str = "auto") -> list[str]:

@@ -6,32 +6,26 @@
 import fcntl
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from qzo_kernels import ops
 
 import qzo
-from qzo.checkpoint import newest_snapshot
 from qzo.errors import BadInput, RunFailed
 from qzo.journal import Record, read_journal
 from qzo.model.files import Folder
-from qzo.model.load import LoadedModel, load_model
+from qzo.model.load import LoadedModel
 from qzo.recipe import Recipe, default_output_dir, diff
 from qzo.zo.estimator import Clip
 from qzo.zo.noise import NOISE_VERSION
 from qzo.zo.optimizer import ZO
 from qzo.zo.targets import Target
-from qzo.zo.targets.dense import Dense
-from qzo.zo.targets.scales import Scales
 
-REPLAY_CHUNK = 64
 OWN_FILES = ("recipe.yaml", "snapshots", "metrics.jsonl", "loss.png", "report.md")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -108,15 +102,6 @@ def keep_aside(folder: RunFolder) -> Path | None:
     return path.rename(other)
 
 
-def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
-    """What moves in this run, in the order of the journal's coefficients."""
-    gaussian = recipe.noise == "gaussian"
-    targets: list[Target] = [Scales(loaded.layers, recipe.eps, recipe.lr, recipe.eps_mode == "relative", gaussian)]
-    if recipe.dense:
-        targets.append(Dense(loaded.model, loaded.folder.read, recipe.dense_eps, recipe.dense_lr, gaussian))
-    return targets
-
-
 def build_optimizer(recipe: Recipe, targets: Sequence[Target]) -> ZO:
     return ZO(targets, recipe.seed, recipe.directions, Clip(recipe.clip, recipe.clip_median), recipe.stacked)
 
@@ -127,7 +112,7 @@ def make_header(
     """All that a replay needs besides the base model's folder, and what the run was made with."""
     groups = [
         {
-            "name": t.name, "eps": t.eps, "lr": t.lr, "relative": t.relative,
+            "name": t.name, "eps": t.eps, "lr": t.lr, "relative": t.relative, "settings": t.settings(),
             "tensors": [{**asdict(i), "floor": i.floor if i.floor > float("-inf") else None} for i in t.info()],
         }
         for t in targets
@@ -135,8 +120,8 @@ def make_header(
     return {
         "base": {"model": recipe.model, "sha256": loaded.folder.sha256()},
         "recipe_name": name, "recipe": recipe.model_dump(),
-        "noise": {"version": NOISE_VERSION, "distribution": recipe.noise,
-                  "bit_exact": "on every device" if recipe.noise == "rademacher" else "on one kind of device"},
+        "noise": {"version": NOISE_VERSION, "distribution": recipe.noise if recipe.method == "qzo" else "integer normal",
+                  "bit_exact": "on one kind of device" if recipe.noise == "gaussian" else "on every device"},
         "data_sha256": data_sha256, "seed": recipe.seed, "directions": recipe.directions, "count": recipe.directions * len(targets),
         "groups": groups, "micro_batch": micro_batch,
         "threads": torch.get_num_threads(), "device": device_name(loaded.device), "dtype": str(loaded.dtype),
@@ -160,41 +145,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
-
-
-def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors that move, as the base model holds them: fp32 [rows, cols] by name. Reads nothing else of the model."""
-    state = {}
-    for group in header["groups"]:
-        for tensor in group["tensors"]:
-            name, _, kind = tensor["name"].rpartition("/")
-            stored = folder.read(f"{name}.scales").t() if kind == "scales" else folder.read(name)[None]
-            value = stored.to(device, torch.float32).contiguous()
-            if list(value.shape) != list(tensor["shape"]):
-                raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{tensor['shape']}, as the journal says")
-            state[tensor["name"]] = value
-    return state
-
-
-def replay(
-    header: dict[str, Any], records: Sequence[Record], state: dict[str, torch.Tensor], progress: Progress | None = None
-) -> None:
-    """Apply recorded steps to `state` in place, without a forward: the same bits as the run itself (Rademacher)."""
-    gaussian = header["noise"]["distribution"] == "gaussian"
-    directions = header["directions"]
-    for start in range(0, len(records), REPLAY_CHUNK):
-        chunk = records[start : start + REPLAY_CHUNK]
-        coefs = torch.zeros(len(header["groups"]), REPLAY_CHUNK, directions)
-        for i, record in enumerate(chunk):
-            coefs[:, i] = torch.from_numpy(record.coefs.copy()).view(-1, directions)
-        for group, rows in zip(header["groups"], coefs, strict=True):
-            for tensor in group["tensors"]:
-                values = state[tensor["name"]]
-                at = torch.tensor([header["seed"], chunk[0].step], dtype=torch.int64, device=values.device)
-                floor = float("-inf") if tensor["floor"] is None else tensor["floor"]
-                ops.update_(values, at, rows.to(values.device), tensor["uid"], floor, group["relative"], gaussian)
-        if progress:
-            progress(start + len(chunk), len(records))
 
 
 def check_base(folder: Folder, header: dict[str, Any]) -> None:
@@ -236,35 +186,3 @@ def steps_to(path: str, records: list[Record], to: int | None) -> int:
     if not 0 <= steps <= len(records):
         raise BadInput(f"{path}, --to", str(to), f"0 to {len(records)}, the steps that are recorded")
     return steps
-
-
-def tuned_state(
-    path: str, folder: Folder, device: torch.device, to: int | None = None, snapshots: bool = True,
-    progress: Progress | None = None,
-) -> tuple[int, dict[str, torch.Tensor]]:
-    """(steps applied, tensors) of a run after `to` steps (default: all recorded), from the newest snapshot or from scratch."""
-    header, records = read_run(path)
-    steps = steps_to(path, records, to)
-    check_base(folder, header)
-    state, done = base_state(folder, header, device), 0
-    found = newest_snapshot(Path(path), at_most=steps) if snapshots else None
-    if found:
-        done = found[0]
-        for name, value in state.items():
-            value.copy_(found[1][name])
-    replay(header, records[done:steps], state, progress)
-    return steps, state
-
-
-def load_run(
-    path: str, device: str = "auto", dtype: str | None = None, to: int | None = None
-) -> tuple[LoadedModel, list[Target], int]:
-    """The tuned model of a run, its targets and the number of steps applied."""
-    header, _ = read_run(path)
-    recipe = recipe_of(header, path)
-    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload)
-    steps, state = tuned_state(path, loaded.folder, loaded.device, to)
-    targets = build_targets(recipe, loaded)
-    for target in targets:
-        target.load_state(state)
-    return loaded, targets, steps

@@ -12,7 +12,8 @@ from qzo.model.files import BUILTIN, resolve
 from qzo.model.load import load_model
 from qzo.progress import Progress
 from qzo.recipe import Recipe, load_recipe
-from qzo.run import is_run, load_run, read_run, recipe_of
+from qzo.rebuild import load_run
+from qzo.run import is_run, read_run, recipe_of
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ A step is journaled before the next begins; on a GPU while the next runs, so tha
 """
 
 import sys
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +24,21 @@ from qzo.evaluate import evaluate_task
 from qzo.fit import Fit
 from qzo.inputs import load_data, quantized_folder
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
-from qzo.metrics import Metrics, cut_back, read_metrics
+from qzo.metrics import Counts, Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
 from qzo.model.load import LoadedModel, load_model, load_tokenizer
 from qzo.progress import Progress
+from qzo.rebuild import build_targets, replay
 from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
-from qzo.run import build_optimizer, build_targets, check_base, check_data, claim, device_name, keep_aside, make_header, replay
+from qzo.run import build_optimizer, check_base, check_data, claim, device_name, keep_aside, make_header
 from qzo.signals import StopSignals
 from qzo.zo.graph import Graphs
 from qzo.zo.optimizer import Measured
 from qzo.zo.schedule import schedule
 
 MAX_SKIPPED = 10
-
-
-@dataclass
-class Counts:
-    """Sums over the steps so far, as metrics.jsonl shows them."""
-
-    examples: int = 0
-    tokens: int = 0
-    forwards: int = 0
-    seconds: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    def elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.started
+JUDGED = 20  # steps whose coefficients say whether the rest will move anything
 
 
 class Tuner:
@@ -78,7 +65,7 @@ class Tuner:
         self.fit = Fit(recipe, model, quantization, self.train, self.task.generation, header and header["micro_batch"])
         self.fit.check()
         memory.restrict(self.fit.device, recipe.device_memory)
-        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload)
+        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload, recipe.activations)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
         self.plain = is_plain(self.loaded.model, bucket(self.max_length))
@@ -86,14 +73,19 @@ class Tuner:
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row
+        self.sizes: list[np.ndarray] = []  # of the first coefficients, by target
         self.header = header or make_header(recipe, name, self.loaded, self.targets, examples, self.fit.micro)
+        self._compare_with_begin()
+
+    def _compare_with_begin(self) -> None:
+        """Warn of what is another now than where the run began."""
         here = f"{device_name(self.loaded.device)}, {self.loaded.dtype}, torch {torch.__version__}"
         there = f"{self.header['device']}, {self.header['dtype']}, torch {self.header['versions']['torch']}"
         if here != there:
             print(f"warning: the run began on {there} and goes on on {here}: it replays all the same, "
                   "but other losses will be measured than there", file=sys.stderr)  # fmt: skip
         began = self.header["recipe"] | {"micro_batch": self.header["micro_batch"]}
-        for key, value in {"micro_batch": self.fit.micro, "stacked": recipe.stacked}.items():
+        for key, value in {"micro_batch": self.fit.micro, "stacked": self.recipe.stacked}.items():
             if value != began[key]:
                 print(f"warning: {key} was {began[key]} and is {value} from here on: the same losses, but for rounding", file=sys.stderr)
 
@@ -178,8 +170,20 @@ class Tuner:
             journal.append(record)
             self.pending.popleft()
             self._log(metrics, record)
+            self._judge(record)
             self.skipped = self.skipped + 1 if last.skipped else 0
         return settled
+
+    def _judge(self, record: Record) -> None:
+        """Warn, once, where steps of the size of the first ones would not do what they are meant to."""
+        if len(self.sizes) == JUDGED:
+            return
+        self.sizes.append(np.abs(record.coefs).reshape(len(self.targets), -1).sum(1))
+        if len(self.sizes) == JUDGED and (rate := self._rate(record.step)):
+            left = round(sum(map(self._rate, range(record.step + 1, self.recipe.steps))) / rate)
+            for target, size in zip(self.targets, np.median(self.sizes, 0), strict=True):
+                if said := target.warning(float(size), left):
+                    print(f"warning: {target.name}: {said}", file=sys.stderr)
 
     def _log(self, metrics: Metrics, record: Record) -> None:
         """The line of a step. Steps are logged in order."""
@@ -207,7 +211,8 @@ class Tuner:
 
         scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, self.fit.evaluation, shown)
         progress.close()
-        metrics.write({"after": self.optimizer.steps, "evaluation": scores, "peak_memory": memory.peak(self.loaded.device)})
+        moved = {target.name: found for target in self.targets if (found := target.statistics())}
+        metrics.write({"after": self.optimizer.steps, "evaluation": scores, "peak_memory": memory.peak(self.loaded.device), **moved})
         return scores
 
     def snapshot(self, journal: Journal) -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     {"checkpoint", "metrics", "model", "zo"},
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate"},
+    {"rebuild"},
     {"report", "replay", "fit"},
     {"tune", "export"},
     {"score", "plan", "doctor"},

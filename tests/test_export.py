@@ -14,7 +14,7 @@ from qzo.export import PROBE
 from qzo.model.gptq_format import read_config
 from qzo.model.load import load_model
 from qzo.quantize import quantize_model
-from qzo.run import load_run
+from qzo.rebuild import load_run
 
 DENSE = {"dense": True, "dense_lr": 1e-3, "dense_eps": 1e-2}
 # bits, symmetric, format, in order of activation size, group size; the inner width is 96

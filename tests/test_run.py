@@ -14,7 +14,7 @@ from qzo.journal import FLAG_CLIPPED, read_journal
 from qzo.metrics import read_metrics
 from qzo.model.files import Folder
 from qzo.recipe import load_recipe
-from qzo.run import load_run, tuned_state
+from qzo.rebuild import load_run, tuned_state
 from qzo.tune import Tuner
 from qzo.zo.schedule import schedule
 

@@ -7,7 +7,7 @@ g_idx int32 [K]; W[k, n] = scales[g_idx[k], n]·(q - z). Version 1 stores z - 1,
 from dataclasses import dataclass
 
 import torch
-from qzo_kernels.pack import pack_codes, packed_words, tile_codes, tiled_words, unpack_codes
+from qzo_kernels.pack import pack_codes, packed_words, tile_codes, tiled_words, unpack_codes, untile_codes
 
 from qzo.errors import BadInput
 from qzo.model.files import Folder
@@ -127,6 +127,15 @@ def read_layer(folder: Folder, name: str, config: GptqConfig, rows: int, cols: i
         plain = unpack_codes(given.t().contiguous(), config.bits, cols)
         tiled.copy_(tile_codes(plain if perm is None else plain[:, perm], config.bits))
     return LayerTensors(codes, scales, zeros, perm)
+
+
+def pack_layer(codes: torch.Tensor, folder: Folder, name: str, config: GptqConfig, cols: int) -> torch.Tensor:
+    """qweight int32 of the codes int32 [N, words] of Linear `name`, K = cols, as `read_layer` gives them: its inverse."""
+    plain = untile_codes(codes.cpu(), config.bits, cols).to(torch.uint8)
+    perm = _permutation(folder, name, cols, config.group(cols))
+    if perm is not None:
+        plain = plain[:, torch.argsort(perm)]
+    return pack_codes(plain.contiguous(), config.bits).t().contiguous()
 
 
 def _read(folder: Folder, name: str, key: str, shape: tuple[int, int]) -> torch.Tensor:

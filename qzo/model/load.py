@@ -194,12 +194,14 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
     return kept
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: str = "none") -> LoadedModel:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", offload: str = "none", activations: str | None = None
+) -> LoadedModel:
     """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
 
     Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
     memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.
-    Raises BadInput for what cannot be read, by name.
+    activations: int8 or fp8, the inputs of quantized Linears rounded to 8 bits. Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
     config = read_config(folder)
@@ -211,6 +213,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", offload: st
     embedding = _keep_embeddings(model, folder, where, kind) if kept else None
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
+    for layer in layers.values():
+        layer.activations = activations
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")

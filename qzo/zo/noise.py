@@ -37,13 +37,19 @@ def check_unique(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Variants:
-    """V perturbations of all targets: states int64 [V, 3], rows (seed, step, direction); signs fp32 [V] in {+1, 0, -1}."""
+    """V perturbations of all targets: states int64 [V, 3], rows (seed, step, direction); signs fp32 [V] in {+1, 0, -1}.
+
+    paired: variants 2i and 2i + 1 are of one direction.
+    """
 
     states: torch.Tensor
     signs: torch.Tensor
+    paired: bool = False
 
 
 def variants(seed: int, step: int, pairs: Sequence[tuple[int, int]], device: torch.device) -> Variants:
     """Variants for (direction, sign) pairs of one step, on `device`."""
     states = torch.tensor([[seed, step, direction] for direction, _ in pairs], dtype=torch.int64)
-    return Variants(states.to(device), torch.tensor([sign for _, sign in pairs], dtype=torch.float32).to(device))
+    signs = torch.tensor([sign for _, sign in pairs], dtype=torch.float32)
+    directions = [direction for direction, _ in pairs]
+    return Variants(states.to(device), signs.to(device), directions[::2] == directions[1::2])

@@ -15,7 +15,8 @@ from qzo.data.loss import per_example_loss
 from qzo.data.tasks import get_task, load_examples
 from qzo.model.files import Folder
 from qzo.model.load import load_model
-from qzo.run import read_run, tuned_state
+from qzo.rebuild import tuned_state
+from qzo.run import read_run
 from qzo.zo.optimizer import ZO
 from qzo.zo.targets.scales import Scales
 

@@ -21,7 +21,7 @@ from qzo.model.load import load_model
 from qzo.model.save import FolderWriter
 from qzo.quantize import quantize_model, rtn
 from qzo.quantize.walk import write_linear
-from qzo.run import load_run
+from qzo.rebuild import load_run
 
 FILE = "auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py"
 # The file is plain Python: one wheel serves every interpreter.

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,15 +20,22 @@ class TensorInfo:
 
 
 class Target(Protocol):
-    """`eps` and `lr` are in the target's own units: absolute, or relative to the value."""
+    """`eps` and `lr` are in the target's own units: absolute, relative to the value, or grid steps.
+
+    unit: what a coefficient is multiplied by beside the rate, so that the recorded ones are those of `apply`.
+    """
 
     name: str
     eps: float
     lr: float
     relative: bool
-    gaussian: bool
+    unit: float
 
-    def parameters(self) -> list[torch.nn.Parameter]: ...
+    def parameters(self) -> list[torch.Tensor]: ...
+
+    def settings(self) -> dict[str, Any]:
+        """What a replay needs to know beside the tensors, the seed and the coefficients, as JSON."""
+        ...
 
     def info(self) -> list[TensorInfo]: ...
 
@@ -45,3 +52,11 @@ class Target(Protocol):
         ...
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+    def statistics(self) -> dict[str, Any]:
+        """What is worth knowing of the tensors now, as JSON; empty where nothing is."""
+        ...
+
+    def warning(self, coef: float, steps: int) -> str | None:
+        """What is wrong with `steps` more steps whose coefficients are of size `coef`; None where nothing is."""
+        ...

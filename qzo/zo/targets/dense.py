@@ -7,6 +7,7 @@ w lives in fp32 beside the model; a forward sees it, perturbed and rounded to th
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from qzo_kernels import ops
@@ -23,6 +24,7 @@ class Dense:
     """
 
     name = "dense"
+    unit = 1.0
     relative = False
     floor = float("-inf")
 
@@ -49,6 +51,9 @@ class Dense:
 
     def info(self) -> list[TensorInfo]:
         return self._info
+
+    def settings(self) -> dict[str, Any]:
+        return {"gaussian": self.gaussian}
 
     @contextmanager
     def entered(self, variants: Variants) -> Iterator[None]:
@@ -86,3 +91,9 @@ class Dense:
         for name, master in self._masters.items():
             master.data.copy_(tensors[name])
         self._publish()
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
+    def warning(self, coef: float, steps: int) -> str | None:
+        return None

@@ -8,6 +8,7 @@ s is fp32; the floor keeps a scale from changing sign, which would flip its whol
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from qzo_kernels import ops
@@ -28,6 +29,7 @@ class Scales:
     """The scales of every QuantLinear. `layers` maps module names to layers; order of the map is order of update."""
 
     name = "scales"
+    unit = 1.0
 
     def __init__(
         self, layers: dict[str, QuantLinear], eps: float, lr: float, relative: bool = True, gaussian: bool = False
@@ -45,6 +47,9 @@ class Scales:
 
     def info(self) -> list[TensorInfo]:
         return self._info
+
+    def settings(self) -> dict[str, Any]:
+        return {"gaussian": self.gaussian}
 
     @contextmanager
     def entered(self, variants: Variants) -> Iterator[None]:
@@ -67,3 +72,9 @@ class Scales:
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, layer in self.layers.items():
             layer.scales.data.copy_(tensors[name])
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
+    def warning(self, coef: float, steps: int) -> str | None:
+        return None

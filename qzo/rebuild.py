@@ -1,0 +1,127 @@
+"""The tuned tensors of a run: what moves, as the base model holds it, and after the recorded steps, without a forward."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from qzo_kernels import ops, ops_codes
+
+from qzo.checkpoint import newest_snapshot
+from qzo.errors import BadInput
+from qzo.journal import Record
+from qzo.model.files import Folder
+from qzo.model.gptq_format import read_config, read_layer
+from qzo.model.load import LoadedModel, load_model
+from qzo.recipe import Recipe
+from qzo.run import check_base, read_run, recipe_of, steps_to
+from qzo.zo.targets import Target
+from qzo.zo.targets.codes import Codes, residual_name
+from qzo.zo.targets.dense import Dense
+from qzo.zo.targets.scales import Scales
+
+REPLAY_CHUNK = 64
+Progress = Callable[[int, int], None]
+
+
+def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
+    """What moves in this run, in the order of the journal's coefficients."""
+    if recipe.method == "quzo":
+        return [Codes(loaded.layers, recipe.eps, recipe.lr, recipe.noise_bits, recipe.estimator, recipe.feedback)]
+    gaussian = recipe.noise == "gaussian"
+    targets: list[Target] = [Scales(loaded.layers, recipe.eps, recipe.lr, recipe.eps_mode == "relative", gaussian)]
+    if recipe.dense:
+        targets.append(Dense(loaded.model, loaded.folder.read, recipe.dense_eps, recipe.dense_lr, gaussian))
+    return targets
+
+
+def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors that move, as the base model holds them, by name. Reads nothing else of the model."""
+    state = {}
+    for group in header["groups"]:
+        read = _base_codes if group["name"] == "codes" else _base_values
+        for tensor in group["tensors"]:
+            state |= read(folder, group, tensor, device)
+    return state
+
+
+def _base_values(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """fp32 [rows, cols]."""
+    name, _, kind = tensor["name"].rpartition("/")
+    stored = folder.read(f"{name}.scales").t() if kind == "scales" else folder.read(name)[None]
+    value = stored.to(device, torch.float32).contiguous()
+    if list(value.shape) != list(tensor["shape"]):
+        raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{tensor['shape']}, as the journal says")
+    return {tensor["name"]: value}
+
+
+def _base_codes(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """Packed codes as QuantLinear holds them, and residuals of zero."""
+    rows, cols = tensor["shape"]
+    codes = read_layer(folder, tensor["name"].removesuffix("/codes"), read_config(folder), rows, cols, device).codes
+    if not group["settings"]["feedback"]:
+        return {tensor["name"]: codes}
+    return {tensor["name"]: codes, residual_name(tensor["name"]): torch.zeros(rows, cols, dtype=torch.int16, device=device)}
+
+
+def replay(
+    header: dict[str, Any], records: Sequence[Record], state: dict[str, torch.Tensor], progress: Progress | None = None
+) -> None:
+    """Apply recorded steps to `state` in place, without a forward: the same bits as the run itself (but for Gaussian noise)."""
+    directions = header["directions"]
+    for start in range(0, len(records), REPLAY_CHUNK):
+        chunk = records[start : start + REPLAY_CHUNK]
+        coefs = torch.zeros(len(header["groups"]), REPLAY_CHUNK, directions)
+        for i, record in enumerate(chunk):
+            coefs[:, i] = torch.from_numpy(record.coefs.copy()).view(-1, directions)
+        for group, rows in zip(header["groups"], coefs, strict=True):
+            for tensor in group["tensors"]:
+                values = state[tensor["name"]]
+                at = torch.tensor([header["seed"], chunk[0].step], dtype=torch.int64, device=values.device)
+                _apply(group, tensor, state, at, rows.to(values.device))
+        if progress:
+            progress(start + len(chunk), len(records))
+
+
+def _apply(group: dict[str, Any], tensor: dict[str, Any], state: dict[str, torch.Tensor], at: torch.Tensor, coefs: torch.Tensor) -> None:
+    values, uid, settings = state[tensor["name"]], tensor["uid"], group["settings"]
+    if group["name"] == "codes":
+        residual = state.get(residual_name(tensor["name"]))
+        ops_codes.update_codes_(
+            values, residual, at, coefs, uid, settings["bits"], tensor["shape"][1], settings["noise_bits"], settings["stream"]
+        )
+    else:
+        floor = float("-inf") if tensor["floor"] is None else tensor["floor"]
+        ops.update_(values, at, coefs, uid, floor, group["relative"], settings["gaussian"])
+
+
+def tuned_state(
+    path: str, folder: Folder, device: torch.device, to: int | None = None, snapshots: bool = True,
+    progress: Progress | None = None,
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """(steps applied, tensors) of a run after `to` steps (default: all recorded), from the newest snapshot or from scratch."""
+    header, records = read_run(path)
+    steps = steps_to(path, records, to)
+    check_base(folder, header)
+    state, done = base_state(folder, header, device), 0
+    found = newest_snapshot(Path(path), at_most=steps) if snapshots else None
+    if found:
+        done = found[0]
+        for name, value in state.items():
+            value.copy_(found[1][name])
+    replay(header, records[done:steps], state, progress)
+    return steps, state
+
+
+def load_run(
+    path: str, device: str = "auto", dtype: str | None = None, to: int | None = None
+) -> tuple[LoadedModel, list[Target], int]:
+    """The tuned model of a run, its targets and the number of steps applied."""
+    header, _ = read_run(path)
+    recipe = recipe_of(header, path)
+    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload, recipe.activations)
+    steps, state = tuned_state(path, loaded.folder, loaded.device, to)
+    targets = build_targets(recipe, loaded)
+    for target in targets:
+        target.load_state(state)
+    return loaded, targets, steps
