@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.resources
-import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources.abc import Traversable
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qzo import plain_yaml
+from qzo.conflicts import Problem, conflicts, line, show
 from qzo.errors import BadInput
 
 # A run may be resumed with other values of these: they decide where and how often something is written or shown, or where
@@ -23,8 +23,6 @@ PIECES = ("micro_batch", "stacked")
 
 # What other trainers call some keys; by spelling alone these would lead to the wrong one.
 _OTHER_NAMES = {"learning_rate": "lr", "zo_eps": "eps", "max_steps": "steps", "num_steps": "steps"}
-
-_Problem = tuple[str, str, str]  # key, given, expected
 
 
 def _plain_text(value: str) -> str:
@@ -95,9 +93,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = _cross_problems(self.model_dump())
+        problems = conflicts(self.model_dump())
         if problems:
-            raise ValueError("; ".join(_line(problem) for problem in problems))
+            raise ValueError("; ".join(line(problem) for problem in problems))
         return self
 
 
@@ -120,11 +118,11 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
             values[key] = _override_value(key, raw)
         except plain_yaml.NotPlainYaml as error:
             unread.add(key)
-            problems.append((key, _show(raw), f"a YAML value ({error})"))
+            problems.append((key, show(raw), f"a YAML value ({error})"))
     problems += [problem for problem in _problems(values) if problem[0] not in unread]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise BadInput(where, "\n  ".join([f"{count} in the recipe", *map(_line, problems)]))
+        raise BadInput(where, "\n  ".join([f"{count} in the recipe", *map(line, problems)]))
     return Recipe.model_validate(values)
 
 
@@ -149,7 +147,7 @@ def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in {**old, **new}:
         same = key in old and key in new and old[key] == new[key]
         if not same and key not in _FREE_KEYS + PIECES:
-            before, after = (_show(side[key]) if key in side else "absent" for side in (old, new))
+            before, after = (show(side[key]) if key in side else "absent" for side in (old, new))
             lines.append(f"{key}: {before} -> {after}")
     return lines
 
@@ -185,7 +183,7 @@ def _find(name_or_path: str | Path) -> tuple[str, str]:
         if name not in names:
             names.sort(key=lambda known: -difflib.SequenceMatcher(None, name, known).ratio())
             expected = f"one of {', '.join(names) or '(none shipped)'}"
-            raise BadInput("recipe", f"unknown name {_show(name)}", expected, "A file is named with ./ or .yaml.")
+            raise BadInput("recipe", f"unknown name {show(name)}", expected, "A file is named with ./ or .yaml.")
         return name, (_folder() / f"{name}.yaml").read_text("utf-8")
     try:
         return name, Path(name).read_text("utf-8")
@@ -194,7 +192,7 @@ def _find(name_or_path: str | Path) -> tuple[str, str]:
         raise BadInput(name, f"cannot be read ({reason})", "a recipe as a YAML file", "Check the path.") from error
 
 
-def _read_yaml(text: str, where: str) -> tuple[dict[Any, Any], list[_Problem]]:
+def _read_yaml(text: str, where: str) -> tuple[dict[Any, Any], list[Problem]]:
     try:
         values, repeated = plain_yaml.parse(text)
     except plain_yaml.NotPlainYaml as error:
@@ -213,9 +211,9 @@ def _override_value(key: str, raw: str) -> Any:
     return plain_yaml.parse(raw)[0]
 
 
-def _problems(values: dict[Any, Any]) -> list[_Problem]:
+def _problems(values: dict[Any, Any]) -> list[Problem]:
     """Problems of single values and, among the values that are right, of values that do not fit together."""
-    found: dict[str, _Problem] = {}
+    found: dict[str, Problem] = {}
     for key in values.keys() - Recipe.model_fields.keys():
         nearest = difflib.get_close_matches(str(key).lower(), Recipe.model_fields, n=1, cutoff=0)[0]
         hint = f"a key of the recipe (did you mean {_OTHER_NAMES.get(key, nearest)}?)"
@@ -227,49 +225,11 @@ def _problems(values: dict[Any, Any]) -> list[_Problem]:
         for problem in error.errors():
             if problem["loc"]:
                 key = str(problem["loc"][0])
-                found[key] = (key, _show(known[key]) if key in known else "nothing", _expected(key))
+                found[key] = (key, show(known[key]) if key in known else "nothing", _expected(key))
     defaults = {key: field.default for key, field in Recipe.model_fields.items() if not field.is_required()}
     right = {key: value for key, value in {**defaults, **known}.items() if key not in found}
     order = [str(key) for key in values] + list(Recipe.model_fields)
-    return sorted(found.values(), key=lambda problem: order.index(problem[0])) + _cross_problems(right)
-
-
-def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
-    """Values that do not fit together; a value that is missing here is not judged."""
-    problems = []
-    if values.get("dense"):
-        for key in ("dense_lr", "dense_eps"):
-            if key in values and values[key] is None:
-                problems.append((key, "nothing", "a number, because dense is true"))
-    if values.get("clip") is not None and values.get("clip_median") is not None:
-        problems.append(("clip", "together with clip_median", "one of the two"))
-    # Signs one by one would stream the codes twice in a step.
-    if values.get("offload") == "codes" and values.get("stacked") is False:
-        dense = values.get("dense")
-        fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
-        problems.append(("offload", "codes with stacked: false", fix))
-    if values.get("method") == "quzo":
-        for key, plain in (("noise", "rademacher"), ("eps_mode", "relative"), ("dense", False)):
-            if values.get(key, plain) != plain:
-                problems.append((key, f"{_show(values[key])} with method: quzo", _show(plain)))
-        if values.get("offload") == "codes":
-            problems.append(("offload", "codes with method: quzo, which writes them", "none or embeddings"))
-        if values.get("activations") == "fp8" and values.get("noise_bits", 4) > 5:
-            problems.append(("noise_bits", f"{values['noise_bits']} with activations: fp8", "at most 5, whose levels fp8 holds"))
-    for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
-        if values.get(key) is not None and bound in values and values[key] > values[bound]:
-            problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))
-    return problems
-
-
-def _line(problem: _Problem) -> str:
-    key, given, expected = problem
-    return f"{key}: given {given}, expected {expected}"
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= 80 else text[:77] + "..."
+    return sorted(found.values(), key=lambda problem: order.index(problem[0])) + conflicts(right)
 
 
 @cache

@@ -14,7 +14,7 @@ MAX_LINES, MAX_FUNCTION = 300, 60
 
 # Layer of each module: a module imports only from layers below its own (or its own package).
 LAYERS = [
-    {"errors", "plain_yaml"},
+    {"errors", "plain_yaml", "conflicts"},
     {"recipe", "memory", "progress", "signals", "disk"},
     {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
