@@ -105,7 +105,7 @@ class ZO(torch.optim.Optimizer):
     def around(self, work: Callable[[], None]) -> Tensor:
         """A step whose device part is done by `work()`: by calling `self.work`, or by replaying what it once did."""
         eps = self.targets[0].eps
-        rates = [g["lr"] * eps / t.eps for g, t in zip(self.param_groups, self.targets, strict=True)]
+        rates = [g["lr"] * eps / t.eps * t.unit for g, t in zip(self.param_groups, self.targets, strict=True)]
         _upload(torch.tensor([self.seed, self.steps]), self._at)
         _upload(torch.tensor([2 * eps, self.directions, *rates], dtype=torch.float32), self._numbers)
         work()

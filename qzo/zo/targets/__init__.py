@@ -20,13 +20,17 @@ class TensorInfo:
 
 
 class Target(Protocol):
-    """`eps` and `lr` are in the target's own units: absolute, or relative to the value."""
+    """`eps` and `lr` are in the target's own units: absolute, or relative to the value.
+
+    `unit`: what its coefficients are multiplied with, where its noise is in levels rather than of variance 1.
+    """
 
     name: str
     eps: float
     lr: float
     relative: bool
     gaussian: bool
+    unit: float
 
     def parameters(self) -> list[torch.nn.Parameter]: ...
 

@@ -24,6 +24,7 @@ class Dense:
 
     name = "dense"
     relative = False
+    unit = 1.0
     floor = float("-inf")
 
     def __init__(

@@ -28,6 +28,7 @@ class Scales:
     """The scales of every QuantLinear. `layers` maps module names to layers; order of the map is order of update."""
 
     name = "scales"
+    unit = 1.0
 
     def __init__(
         self, layers: dict[str, QuantLinear], eps: float, lr: float, relative: bool = True, gaussian: bool = False
