@@ -16,7 +16,12 @@ from qzo_kernels.reference_codes import CLIP
 from qzo_kernels.reference_noise import normal_table
 from torch import Tensor
 
-ESTIMATORS = ("rge1", "rge2")
+STREAMS = {"rge1": 1, "rge2": 2}  # the rounding that an estimator's update uses; forwards use 1
+
+
+def level(noise_bits: int) -> float:
+    """4/L: standard deviations per level."""
+    return CLIP / _top(noise_bits)
 
 
 @functools.cache
@@ -30,7 +35,7 @@ def gain(noise_bits: int) -> float:
 def agreement(noise_bits: int) -> float:
     """E[v1 v2] of two roundings, Q-RGE2's mean estimate over the gradient: 0.99988 at any noise_bits, as only the clip costs."""
     # Given z the two are independent, with one mean.
-    return float(((CLIP / _top(noise_bits) * _means(noise_bits)) ** 2).mean())
+    return float(((level(noise_bits) * _means(noise_bits)) ** 2).mean())
 
 
 def signal_to_noise(noise_bits: int, estimator: str) -> float:
@@ -49,8 +54,7 @@ def signal_to_noise(noise_bits: int, estimator: str) -> float:
 
 def unit(noise_bits: int, estimator: str) -> float:
     """What a learning rate is multiplied by, so that lr mu is in noise levels u: 4/L, for Q-RGE1 with its gain divided out."""
-    level = CLIP / _top(noise_bits)
-    return level / gain(noise_bits) if _known(estimator) == "rge1" else level
+    return level(noise_bits) / (gain(noise_bits) if _known(estimator) == "rge1" else 1.0)
 
 
 @functools.cache
@@ -78,7 +82,7 @@ def _top(noise_bits: int) -> int:
 
 
 def _known(estimator: str) -> str:
-    if estimator not in ESTIMATORS:
+    if estimator not in STREAMS:
         raise ValueError(f"estimator: {estimator!r}; expected rge1, one rounding in forwards and update, or rge2, two")
     return estimator
 

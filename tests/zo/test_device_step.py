@@ -18,7 +18,7 @@ from qzo.zo.optimizer import ZO
 class Toy:
     """A target in plain torch: w + eps sign (step + 1) (direction + 1) v, moved by coefs along v."""
 
-    name, relative, gaussian = "toy", False, False
+    name, relative, gaussian, unit = "toy", False, False, 1.0
 
     def __init__(self, size: int = 5, eps: float = 0.125, lr: float = 2**-14):
         self.eps, self.lr = eps, lr
