@@ -19,7 +19,7 @@ LAYERS = [
     {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
     {"data"},
-    {"evaluate", "quantize", "run", "inputs", "estimate"},
+    {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild"},
     {"report", "replay", "fit"},
     {"tune", "export"},

@@ -65,7 +65,7 @@ class FolderWriter:
     def flush(self) -> None:
         """Write what is queued as a shard of its own."""
         if self._pending:
-            self._save(self._pending, self._part(len(self._shards)))
+            self.save(self._pending, self._part(len(self._shards)))
             self._shards.append(list(self._pending))
             self._sizes += self._waiting
             self._pending, self._waiting = {}, 0
@@ -74,7 +74,8 @@ class FolderWriter:
         return self.partial / f"part-{number:05d}.safetensors"
 
     @staticmethod
-    def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """Write tensors of the CPU to one file, whatever its size."""
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
@@ -99,15 +100,22 @@ class FolderWriter:
             documents["model.safetensors.index.json"] = {"metadata": {"total_size": self._sizes}, "weight_map": weight_map}
         elif count > 1:
             tensors = {name: tensor for number in range(count) for name, tensor in load_file(self._part(number)).items()}
-            self._save(tensors, self.partial / "model.safetensors")
+            self.save(tensors, self.partial / "model.safetensors")
         try:
-            for name, document in documents.items():
-                (self.partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
             if single and count > 1:
                 self._remove_parts()
             else:
                 for number, final in enumerate(finals):
                     self._part(number).rename(self.partial / ("model.safetensors" if single else final))
+        except OSError as error:
+            raise NotWritten(self.out, error) from error
+        return self.place(documents)
+
+    def place(self, documents: dict[str, dict]) -> Path:
+        """Write JSON files (name -> object), then move the folder into place."""
+        try:
+            for name, document in documents.items():
+                (self.partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
             if self.out.exists():
                 self.out.rmdir()
             self.partial.rename(self.out)
