@@ -148,7 +148,8 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("export", help="write a run's tuned model as an ordinary checkpoint")
     p.add_argument("run_folder", metavar="RUN")
     p.add_argument("-o", "--out", required=True, help="new folder for the model")
-    p.add_argument("--format", choices=("gptq", "gptq_v2", "hf"), help="default: the base checkpoint's; hf: dequantized 16 bits")
+    p.add_argument("--format", choices=("gptq", "gptq_v2", "hf", "peft"),
+                   help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")  # fmt: skip
     p.set_defaults(run=_export, to=None, snapshots=True)
 
 
@@ -157,6 +158,9 @@ def _export(args: argparse.Namespace) -> None:
 
     summary = export_run(args.run_folder, args.out, args.format, args.to, args.snapshots)
     checked = verify(args.run_folder, args.out, to=args.to)
+    if not checked:
+        print(f"{args.out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
+        return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
     print(f"{args.out}: {summary['format']}, {summary['steps']} steps applied")
     print(f"reloaded: logits {same}; rounding scales to fp16 moves a scale by at most {summary['rounding']:.2g} of itself "

@@ -34,10 +34,10 @@ def _of_quzo(values: dict[str, Any]) -> list[Problem]:
     problems = []
     for key, plain in (("noise", "rademacher"), ("eps_mode", "relative"), ("dense", False)):
         if values.get(key, plain) != plain:
-            problems.append((key, f"{show(values[key])} with method: quzo", show(plain)))
-    if values.get("offload") == "codes":
+            problems.append((key, f"{show(values[key])} with method: {values['method']}", show(plain)))
+    if values.get("offload") == "codes" and values["method"] == "quzo":
         problems.append(("offload", "codes with method: quzo, which writes them", "none or embeddings"))
-    if values.get("activations") == "fp8" and values.get("noise_bits", 4) > 5:
+    if values.get("activations") == "fp8" and values.get("noise_bits", 4) > 5 and values["method"] == "quzo":
         problems.append(("noise_bits", f"{values['noise_bits']} with activations: fp8", "at most 5, whose levels fp8 holds"))
     return problems
 

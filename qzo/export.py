@@ -4,9 +4,11 @@ The base checkpoint is copied tensor by tensor; only scales (and norms and biase
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from qzo.data.encode import leading_ids
 from qzo.errors import BadInput, RunFailed
@@ -15,27 +17,33 @@ from qzo.model.gptq_format import GptqConfig, pack_layer, pack_zeros, read_confi
 from qzo.model.linear import QuantLinear
 from qzo.model.load import load_model, pick_device, skeleton
 from qzo.model.save import FolderWriter
+from qzo.peft_export import ADAPTER, write_peft
 from qzo.progress import Progress
 from qzo.rebuild import load_run, tuned_state
 from qzo.run import read_run, recipe_of, steps_to
 
-FORMATS = ("gptq", "gptq_v2", "hf")
+FORMATS = ("gptq", "gptq_v2", "hf", "peft")
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
 
 
 def export_run(run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True) -> dict:
     """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`.
 
-    format: gptq | gptq_v2 | hf; default: the base checkpoint's own. Returns the steps, the state and what rounding
-    the scales to fp16 changed. Raises BadInput for a zero point that gptq (v1) cannot hold.
+    format: gptq | gptq_v2 | hf; default: the base checkpoint's own; of a run whose adapters moved peft, and no other. Returns the steps,
+    the state and what rounding the scales to fp16 changed. Raises BadInput for a zero point that gptq (v1) cannot hold.
     """
     header, records = read_run(run)
     steps = steps_to(run, records, to)
     folder = Folder(header["base"]["model"])
     config = read_config(folder)
-    format = format or config.version
-    if format not in FORMATS:
-        raise BadInput("--format", format, f"one of {', '.join(FORMATS)}")
+    adapters = header["groups"][0]["name"] == "lora"
+    format = format or ("peft" if adapters else config.version)
+    if format not in FORMATS or (format == "peft") != adapters:
+        raise BadInput("--format", format, "peft, for adapters were tuned" if adapters else f"one of {', '.join(FORMATS[:-1])}")
+    if adapters:
+        state, recipe = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)[1], recipe_of(header, run)
+        write_peft(out, state, recipe.model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_layers)
+        return {"steps": steps, "out": str(out), "format": format, "rounding": 0.0, "state": state}
     with FolderWriter(out) as writer, Progress("export", len(folder.tensors)) as progress:
         _, state = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)
         if format == "hf":
@@ -131,9 +139,16 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
     """Load `out` afresh and compare its logits with the run's own on a probe text.
 
     A GPTQ folder must equal the run with its scales rounded to fp16, bit for bit (RunFailed otherwise); also returns
-    the largest difference to the run with fp32 scales, `rounding_difference`, beside the largest logit.
+    the largest difference to the run with fp32 scales, `rounding_difference`, beside the largest logit. An adapter for peft must
+    hold the run's tensors; {} then.
     """
     where = pick_device(device)
+    if (Path(out) / ADAPTER).exists():
+        _, state = tuned_state(run, Folder(read_run(run)[0]["base"]["model"]), torch.device("cpu"), to)
+        written = load_file(Path(out) / ADAPTER)
+        if sorted(t.numpy().tobytes() for t in written.values()) != sorted(t.numpy().tobytes() for t in state.values()):
+            raise RunFailed(out, "tensors that differ from the run's", "equal ones", "Please report this.")
+        return {}
     loaded, targets, _ = load_run(run, device, to=to)
     ids = _probe(loaded)
     tuned = _logits(loaded.model, ids)

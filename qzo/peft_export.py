@@ -8,6 +8,8 @@ import torch
 from qzo.errors import RunFailed
 from qzo.model.save import FolderWriter
 
+ADAPTER = "adapter_model.safetensors"
+
 
 def write_peft(
     out: str | Path, state: dict[str, torch.Tensor], base: str, r: int, alpha: float, modules: Collection[str]
@@ -27,7 +29,7 @@ def write_peft(
                             "Only adapters can be exported for peft.")  # fmt: skip
         tensors[f"base_model.model.{module}.{part}.weight"] = value.detach().to("cpu", torch.float32).contiguous()
     with FolderWriter(out) as writer:
-        writer.save(tensors, writer.partial / "adapter_model.safetensors")
+        writer.save(tensors, writer.partial / ADAPTER)
         return writer.place({"adapter_config.json": _config(base, r, alpha, modules)})
 
 

@@ -18,6 +18,7 @@ from qzo.run import check_base, read_run, recipe_of, steps_to
 from qzo.zo.targets import Target
 from qzo.zo.targets.codes import Codes, residual_name
 from qzo.zo.targets.dense import Dense
+from qzo.zo.targets.lora import Lora, initial, replay_
 from qzo.zo.targets.scales import Scales
 
 REPLAY_CHUNK = 64
@@ -26,6 +27,8 @@ Progress = Callable[[int, int], None]
 
 def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
     """What moves in this run, in the order of the journal's coefficients."""
+    if recipe.method == "quzo-lora":
+        return [_adapters(recipe, loaded)]
     if recipe.method == "quzo":
         return [Codes(loaded.layers, recipe.eps, recipe.lr, recipe.noise_bits, recipe.estimator, recipe.feedback)]
     gaussian = recipe.noise == "gaussian"
@@ -35,11 +38,20 @@ def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
     return targets
 
 
+def _adapters(recipe: Recipe, loaded: LoadedModel) -> Lora:
+    try:
+        return Lora(loaded.layers, recipe.seed, recipe.eps, recipe.lr, recipe.lora_rank, recipe.lora_alpha, recipe.noise_bits,
+                    recipe.estimator, recipe.lora_layers)  # fmt: skip
+    except ValueError as error:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in loaded.layers}))
+        raise BadInput("lora_layers", ", ".join(recipe.lora_layers), f"some of {known}") from error
+
+
 def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors that move, as the base model holds them, by name. Reads nothing else of the model."""
     state = {}
     for group in header["groups"]:
-        read = _base_codes if group["name"] == "codes" else _base_values
+        read = {"codes": _base_codes, "lora": _base_adapters}.get(group["name"], _base_values)
         for tensor in group["tensors"]:
             state |= read(folder, group, tensor, device)
     return state
@@ -62,6 +74,10 @@ def _base_codes(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], d
     if not group["settings"]["feedback"]:
         return {tensor["name"]: codes}
     return {tensor["name"]: codes, residual_name(tensor["name"]): torch.zeros(rows, cols, dtype=torch.int16, device=device)}
+
+
+def _base_adapters(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    return {tensor["name"]: initial(tensor["name"], tuple(tensor["shape"]), group["settings"]["seed"]).to(device)}
 
 
 def replay(
@@ -90,6 +106,8 @@ def _apply(group: dict[str, Any], tensor: dict[str, Any], state: dict[str, torch
         ops_codes.update_codes_(
             values, residual, at, coefs, uid, settings["bits"], tensor["shape"][1], settings["noise_bits"], settings["stream"]
         )
+    elif group["name"] == "lora":
+        replay_(values, at, coefs, uid, settings["noise_bits"], settings["stream"])
     else:
         floor = float("-inf") if tensor["floor"] is None else tensor["floor"]
         ops.update_(values, at, coefs, uid, floor, group["relative"], settings["gaussian"])

@@ -145,3 +145,31 @@ def test_every_kind_of_checkpoint(bits, act_order, llama16, sentiment, tmp_path,
 def test_settings_that_do_not_fit_together(keys, said, llama4, sentiment, tmp_path, capsys):
     assert main(["tune", write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, **{**QUZO, **keys})]) == 2
     assert said in capsys.readouterr().err
+
+
+LORA = {"method": "quzo-lora", "eps": 0.05, "lr": 0.05}
+
+
+@pytest.mark.parametrize("more", [{}, {"estimator": "rge2", "stacked": False}, {"activations": "int8", "lora_rank": 2, "lora_layers": '["o_proj"]'}],
+                         ids=["default", "rge2", "int8"])  # fmt: skip
+def test_adapters_run_replay_resume_and_export(more, tuner, llama4, tmp_path, capsys):
+    run = tuner(**LORA, **more)
+    before = copies(run)
+    others = {name: value.clone() for name, value in run.loaded.model.state_dict().items()}
+    run.run()
+    assert moved(run, before) == set(before)
+    assert all(torch.equal(value, run.loaded.model.state_dict()[name]) for name, value in others.items()), "adapters alone move"
+    for snapshots in (True, False):
+        state = tuned_state(str(tmp_path / "run"), Folder(llama4), torch.device("cpu"), 6, snapshots)[1]
+        assert state_hash(state) == state_hash(run._state())
+    assert tuned_state(str(tmp_path / "run"), Folder(llama4), torch.device("cpu"), 0)[1].keys() == before.keys()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
+    assert "adapters for peft, 6 steps" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "gptq"), "--format", "gptq"]) == 2
+    assert "expected peft" in capsys.readouterr().err
+
+
+def test_layers_that_are_not_there_are_named(llama4, sentiment, tmp_path, capsys):
+    assert main(["tune", write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, **LORA, lora_layers='["query"]')]) == 2
+    assert "some of down_proj, gate_proj" in capsys.readouterr().err
