@@ -55,7 +55,10 @@ def _rounded(x, u, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _plain(q, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr):
+def _plain(
+    q, p_coefs, p_table, seed, step, uid, row, eight, cols,
+    TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
     """Eight codes after one step: every direction's part rounded on its own, the sum kept in range."""
     at = [x for x in q]
     for i in range(DIRECTIONS):
@@ -68,7 +71,10 @@ def _plain(q, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.const
 
 
 @triton.jit
-def _fed_back(at, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr):
+def _fed_back(
+    at, p_coefs, p_table, seed, step, uid, row, eight, cols,
+    TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
     """Eight positions, code·2¹⁶ + residual, after one step."""
     g = [tl.zeros_like(row).to(tl.float32) for x in at]
     for i in range(DIRECTIONS):
@@ -109,7 +115,8 @@ def _store_residual(p, r, col, cols, inside, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["uid"])
 def _update_codes_kernel(
     p_codes, p_residual, p_state, p_coefs, p_table, rows, cols, words, uid, BITS: tl.constexpr, LEVELS: tl.constexpr,
-    STEPS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr, FEEDBACK: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr, FEEDBACK: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = 2 if BITS == 3 else BITS
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -140,12 +147,14 @@ def _update_codes_kernel(
             r = _load_residual(p_r, col, cols, inside, ALIGNED)
             at = [q[k] * 65536 + r[k] for k in (0, 1, 2, 3, 4, 5, 6, 7)]
             for s in range(STEPS):
-                at = _fed_back(at, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
+                p_c = p_coefs + s * DIRECTIONS
+                at = _fed_back(at, p_c, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
             q = [(x + 32768) >> 16 for x in at]
             _store_residual(p_r, [at[k] - (q[k] << 16) for k in (0, 1, 2, 3, 4, 5, 6, 7)], col, cols, inside, ALIGNED)
         else:
             for s in range(STEPS):
-                q = _plain(q, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
+                p_c = p_coefs + s * DIRECTIONS
+                q = _plain(q, p_c, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
         q = [tl.where(col + k < cols, q[k], 0) for k in (0, 1, 2, 3, 4, 5, 6, 7)]
         low = [x & ((1 << B) - 1) for x in q]
         new = [new[t] | ((low[2 * t] | (low[2 * t + 1] << 16)) << (p * B)) for t in (0, 1, 2, 3)]
