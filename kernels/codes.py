@@ -16,7 +16,7 @@ from qzo_kernels import noise
 from qzo_kernels.pack import TILE
 from qzo_kernels.reference_noise import normal_table
 
-_LANES = 128  # of a program: one per thread, so that Triton has no layout to choose
+LANES = 128  # of a program: one per thread, so that Triton has no layout to choose
 _BLOCKS = 4  # blocks of 128 columns that a program reads of a row, at most
 
 
@@ -171,8 +171,15 @@ def _update_codes_kernel(
 
 
 @functools.cache
-def _table(device: torch.device) -> Tensor:
+def normals_on(device: torch.device) -> Tensor:
+    """`reference_noise.normal_table` on a device, copied there once."""
     return normal_table().to(device)
+
+
+def shape_of_blocks(bits: int, cols: int) -> tuple[int, int]:
+    """(rows, blocks of 128 columns) of packed codes that the LANES of a program take."""
+    blocks = min(_BLOCKS, triton.next_power_of_2(triton.cdiv(cols, TILE)))
+    return LANES // ((2 if bits == 3 else bits) * blocks), blocks
 
 
 def launch_update_codes(
@@ -180,14 +187,12 @@ def launch_update_codes(
 ) -> None:
     """`reference_codes.update_codes_` on the codes' device; arguments as checked by ops_codes.py."""
     rows, words = codes.shape
-    width = 2 if bits == 3 else bits
-    blocks = min(_BLOCKS, triton.next_power_of_2(triton.cdiv(cols, TILE)))
-    height = _LANES // (width * blocks)
+    height, blocks = shape_of_blocks(bits, cols)
     tiles = triton.cdiv(rows, height) * triton.cdiv(cols, TILE * blocks)
     aligned = residual is not None and cols % 4 == 0 and residual.data_ptr() % 8 == 0
     with torch.cuda.device_of(codes):
         _update_codes_kernel[(tiles,)](
-            codes, residual, state, coefs, _table(codes.device), rows, cols, words, noise.signed(uid),
+            codes, residual, state, coefs, normals_on(codes.device), rows, cols, words, noise.signed(uid),
             BITS=bits, LEVELS=(1 << (noise_bits - 1)) - 1, STEPS=coefs.shape[0], DIRECTIONS=coefs.shape[1], STREAM=stream,
             FEEDBACK=residual is not None, ALIGNED=aligned, ROWS=height, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
