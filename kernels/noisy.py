@@ -1,6 +1,6 @@
 """Triton kernels of QuZO's forwards: the noise on codes as 8-bit numbers, and weights dequantized under it.
 
-All noise is made in registers, eight neighbouring columns per lane, from a state that only the device reads.
+With 8-bit activations the sum of a group is s·(Σ xq·(q − zero) + eps·Σ xq·u): two integer products in one pass over x. All noise is made in registers, eight neighbouring columns per lane, from a state that only the device reads.
 """
 
 import torch
@@ -9,6 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qzo_kernels import noise
+from qzo_kernels.a8_matmul import launch_a8_matmul
+from qzo_kernels.a8_rows import launch_group_sums, launch_quantize_rows, launch_unpack
+from qzo_kernels.checks import weight_in
 from qzo_kernels.codes import LANES, normals_on, quantized_normals, shape_of_blocks
 from qzo_kernels.pack import TILE
 
@@ -131,3 +134,33 @@ def launch_noisy_dequantize(
             *((0, 0) if zeros is None else zeros.stride()), noise.signed(uid), BITS=bits, GROUP=min(group_size, 1 << 30),
             LEVELS=(1 << (noise_bits - 1)) - 1, ROWS=height, BLOCKS=blocks, num_warps=LANES // 32, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def launch_noisy_a8(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, kind: str, bias: Tensor | None,
+    state: Tensor, eps: Tensor, uid: int, noise_bits: int, paired: bool, scratch: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`reference_noisy.noisy_matmul_a8` on its device, sums in fp32. paired: variants 2i and 2i + 1 are of one direction.
+
+    scratch uint8: 2·N·K bytes, for the codes as 8-bit weights and for the noise of one direction.
+    """
+    rows, cols = codes.shape[0], x.shape[1]
+    xq, x_scale = launch_quantize_rows(x, kind)
+    if scratch is None:
+        scratch = torch.empty(2 * rows * cols, dtype=torch.uint8, device=x.device)
+    wq, u = weight_in(scratch, xq.dtype, (2 * rows, cols), x).chunk(2)
+    launch_unpack(codes, zeros, bits, group_size, cols, wq)
+    if bits != 8:
+        zeros = None  # subtracted already
+    sums = None if zeros is None else launch_group_sums(xq, group_size)
+    y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    each = 2 if paired else 1
+    height = len(x) // len(eps)
+    for i in range(0, len(eps), each):
+        of = slice(i * height, (i + each) * height)
+        launch_code_noise(u, state[i], uid, noise_bits, 1)
+        launch_a8_matmul(
+            xq[of], x_scale[of], wq, scales[None], group_size, x.dtype, bias, zeros, None if sums is None else sums[of],
+            noise=(u, eps[i : i + each]), out=y[of],
+        )  # fmt: skip
+    return y
