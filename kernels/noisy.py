@@ -1,6 +1,7 @@
 """Triton kernels of QuZO's forwards: the noise on codes as 8-bit numbers, and weights dequantized under it.
 
-With 8-bit activations the sum of a group is s·(Σ xq·(q − zero) + eps·Σ xq·u): two integer products in one pass over x. All noise is made in registers, eight neighbouring columns per lane, from a state that only the device reads.
+With 8-bit activations the sum of a group is s·(Σ xq·(q − zero) + eps·Σ xq·u): two integer products in one pass over x.
+All noise is made in registers, eight neighbouring columns per lane, from a state that only the device reads.
 """
 
 import torch
