@@ -48,9 +48,9 @@ def _correction(p_zeros, p_sums, n, m, group, wanted, end, groups, stride_zn, st
 
 @triton.jit
 def _a8_kernel(
-    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, rows, variants, N, K, groups, stride_zn, stride_zg,
+    d_x, d_w, d_u, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, p_eps, rows, variants, N, K, groups, stride_zn, stride_zg,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
-    OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     wide = tl.cdiv(rows, COLUMNS)
     down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
@@ -59,7 +59,8 @@ def _a8_kernel(
     end = (variant + 1) * rows
     n = down * ROWS + tl.arange(0, ROWS)
     m = row + tl.arange(0, COLUMNS)
-    p_scale = p_scales + (variant.to(tl.int64) * N + tl.minimum(n, N - 1)) * groups
+    p_scale = p_scales + ((0 if NOISE else variant.to(tl.int64) * N) + tl.minimum(n, N - 1)) * groups
+    eps = tl.load(p_eps + variant) if NOISE else 0.0
     acc = tl.zeros((ROWS, COLUMNS), OUT if WHOLE else tl.float32)
     for k in tl.range(0, K, DEPTH, num_stages=STAGES):
         w = d_w.load([down * ROWS, k])
@@ -71,7 +72,10 @@ def _a8_kernel(
             if ASYM:
                 wanted = (n < N) & (k % GROUP == 0)
                 product += _correction(p_zeros, p_sums, n, m, k // GROUP, wanted, end, groups, stride_zn, stride_zg)
-            acc += product.to(tl.float32) * tl.load(p_scale + k // GROUP)[:, None]
+            scale = tl.load(p_scale + k // GROUP)
+            acc += product.to(tl.float32) * scale[:, None]
+            if NOISE:
+                acc += tl.dot(d_u.load([down * ROWS, k]), x, out_dtype=OUT).to(tl.float32) * (scale * eps)[:, None]
     if WHOLE and ASYM:
         acc += _correction(p_zeros, p_sums, n, m, 0, n < N, end, groups, stride_zn, stride_zg)
     y = acc.to(tl.float32)
@@ -97,27 +101,38 @@ def _aligned(matrix: Tensor) -> Tensor:
     return matrix.clone() if matrix.data_ptr() % 16 else matrix
 
 
+def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(_aligned(matrix), [rows, columns])
+
+
 def launch_a8_matmul(
     xq: Tensor, x_scale: Tensor, wq: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype,
     bias: Tensor | None = None, zeros: Tensor | None = None, sums: Tensor | None = None, tile: Tile | None = None,
-) -> Tensor:
-    """`reference_a8.a8_matmul` on its device, `sums` those of `group_sums`; arguments as checked by ops_a8.py."""
-    (count, depth), n, variants = xq.shape, len(wq), len(scales)
-    y = torch.empty(count, n, dtype=dtype, device=xq.device)
+    noise: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`reference_a8.a8_matmul` on its device, into `out` if given, `sums` those of `group_sums`; arguments as checked by ops_a8.py.
+
+    noise (u [N, K] of wq's dtype, eps f32 [V]): block v of the rows is multiplied with wq + eps[v]·u; scales [1, N, G] then.
+    """
+    u, eps = noise or (None, None)
+    (count, depth), n, variants = xq.shape, len(wq), len(scales) if eps is None else len(eps)
+    y = torch.empty(count, n, dtype=dtype, device=xq.device) if out is None else out
     if not y.numel():
         return y
     rows, one = count // variants, group_size >= depth
     tile = tile or choose_tile(rows)
     grid = (-(-n // tile.rows) * -(-rows // tile.columns) * variants,)
     step = 128 if one else math.gcd(group_size, 128)
-    xq, wq = _aligned(xq), _aligned(wq)
+    # A third operand takes the shared memory of a stage: as many programs on a multiprocessor as without it.
+    stages = tile.stages if noise is None else min(tile.stages, 3)
+    d_u = None if u is None else _described(u, tile.rows, step)
     with torch.cuda.device_of(xq):
         _a8_kernel[grid](
-            TensorDescriptor.from_tensor(xq, [tile.columns, step]), TensorDescriptor.from_tensor(wq, [tile.rows, step]),
-            y, x_scale, scales, bias, zeros, sums,
+            _described(xq, tile.columns, step), _described(wq, tile.rows, step), d_u, y, x_scale, scales, bias, zeros, sums, eps,
             rows, variants, n, depth, scales.shape[2], *((0, 0) if zeros is None else zeros.stride()),
             GROUP=1 << 30 if one else group_size, ROWS=tile.rows, COLUMNS=tile.columns,
-            DEPTH=step, STAGES=tile.stages, ORDER=tile.order, OUT=tl.int32 if xq.dtype == torch.int8 else tl.float32,
-            ASYM=zeros is not None, WHOLE=one and xq.dtype == torch.int8, BIAS=bias is not None, num_warps=tile.warps,
+            DEPTH=step, STAGES=stages, ORDER=tile.order, OUT=tl.int32 if xq.dtype == torch.int8 else tl.float32,
+            ASYM=zeros is not None, WHOLE=one and xq.dtype == torch.int8 and noise is None, BIAS=bias is not None,
+            NOISE=noise is not None, num_warps=tile.warps,
         )  # fmt: skip
     return y

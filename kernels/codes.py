@@ -16,7 +16,7 @@ from qzo_kernels import noise
 from qzo_kernels.pack import TILE
 from qzo_kernels.reference_noise import normal_table
 
-_LANES = 128  # of a program: one per thread, so that Triton has no layout to choose
+LANES = 128  # of a program: one per thread, so that Triton has no layout to choose
 _BLOCKS = 4  # blocks of 128 columns that a program reads of a row, at most
 
 
@@ -55,7 +55,10 @@ def _rounded(x, u, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _plain(q, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr):
+def _plain(
+    q, p_coefs, p_table, seed, step, uid, row, eight, cols,
+    TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
     """Eight codes after one step: every direction's part rounded on its own, the sum kept in range."""
     at = [x for x in q]
     for i in range(DIRECTIONS):
@@ -68,7 +71,10 @@ def _plain(q, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.const
 
 
 @triton.jit
-def _fed_back(at, p_coefs, p_table, seed, step, uid, row, eight, cols, TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr):
+def _fed_back(
+    at, p_coefs, p_table, seed, step, uid, row, eight, cols,
+    TOP: tl.constexpr, LEVELS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
     """Eight positions, code·2¹⁶ + residual, after one step."""
     g = [tl.zeros_like(row).to(tl.float32) for x in at]
     for i in range(DIRECTIONS):
@@ -109,7 +115,8 @@ def _store_residual(p, r, col, cols, inside, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["uid"])
 def _update_codes_kernel(
     p_codes, p_residual, p_state, p_coefs, p_table, rows, cols, words, uid, BITS: tl.constexpr, LEVELS: tl.constexpr,
-    STEPS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr, FEEDBACK: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr, DIRECTIONS: tl.constexpr, STREAM: tl.constexpr, FEEDBACK: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = 2 if BITS == 3 else BITS
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -140,12 +147,14 @@ def _update_codes_kernel(
             r = _load_residual(p_r, col, cols, inside, ALIGNED)
             at = [q[k] * 65536 + r[k] for k in (0, 1, 2, 3, 4, 5, 6, 7)]
             for s in range(STEPS):
-                at = _fed_back(at, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
+                p_c = p_coefs + s * DIRECTIONS
+                at = _fed_back(at, p_c, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
             q = [(x + 32768) >> 16 for x in at]
             _store_residual(p_r, [at[k] - (q[k] << 16) for k in (0, 1, 2, 3, 4, 5, 6, 7)], col, cols, inside, ALIGNED)
         else:
             for s in range(STEPS):
-                q = _plain(q, p_coefs + s * DIRECTIONS, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
+                p_c = p_coefs + s * DIRECTIONS
+                q = _plain(q, p_c, p_table, seed, first + s, uid, row, eight, cols, TOP, LEVELS, DIRECTIONS, STREAM)
         q = [tl.where(col + k < cols, q[k], 0) for k in (0, 1, 2, 3, 4, 5, 6, 7)]
         low = [x & ((1 << B) - 1) for x in q]
         new = [new[t] | ((low[2 * t] | (low[2 * t + 1] << 16)) << (p * B)) for t in (0, 1, 2, 3)]
@@ -162,8 +171,15 @@ def _update_codes_kernel(
 
 
 @functools.cache
-def _table(device: torch.device) -> Tensor:
+def normals_on(device: torch.device) -> Tensor:
+    """`reference_noise.normal_table` on a device, copied there once."""
     return normal_table().to(device)
+
+
+def shape_of_blocks(bits: int, cols: int) -> tuple[int, int]:
+    """(rows, blocks of 128 columns) of packed codes that the LANES of a program take."""
+    blocks = min(_BLOCKS, triton.next_power_of_2(triton.cdiv(cols, TILE)))
+    return LANES // ((2 if bits == 3 else bits) * blocks), blocks
 
 
 def launch_update_codes(
@@ -171,14 +187,12 @@ def launch_update_codes(
 ) -> None:
     """`reference_codes.update_codes_` on the codes' device; arguments as checked by ops_codes.py."""
     rows, words = codes.shape
-    width = 2 if bits == 3 else bits
-    blocks = min(_BLOCKS, triton.next_power_of_2(triton.cdiv(cols, TILE)))
-    height = _LANES // (width * blocks)
+    height, blocks = shape_of_blocks(bits, cols)
     tiles = triton.cdiv(rows, height) * triton.cdiv(cols, TILE * blocks)
     aligned = residual is not None and cols % 4 == 0 and residual.data_ptr() % 8 == 0
     with torch.cuda.device_of(codes):
         _update_codes_kernel[(tiles,)](
-            codes, residual, state, coefs, _table(codes.device), rows, cols, words, noise.signed(uid),
+            codes, residual, state, coefs, normals_on(codes.device), rows, cols, words, noise.signed(uid),
             BITS=bits, LEVELS=(1 << (noise_bits - 1)) - 1, STEPS=coefs.shape[0], DIRECTIONS=coefs.shape[1], STREAM=stream,
             FEEDBACK=residual is not None, ALIGNED=aligned, ROWS=height, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

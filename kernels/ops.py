@@ -3,6 +3,7 @@
 What each computes is defined in reference.py. Triton is imported by the first call that needs it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -183,13 +184,27 @@ def quant_matmul(
 
 def _dense_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, scratch) -> Tensor:
     """Dequantize the weight as each variant sees it, and multiply."""
+
+    def fill(v: int, weight: Tensor) -> None:
+        one = noise and noise._replace(state=noise.state[v : v + 1], eps=noise.eps[v : v + 1])
+        dequantize(codes, scales, zeros, bits, group_size, x.shape[1], x.dtype, weight, one)
+
+    return dense_matmul(x, codes.shape[0], 1 if noise is None else len(noise.eps), bias, scratch, fill)
+
+
+def dense_matmul(
+    x: Tensor, rows: int, variants: int, bias: Tensor | None, scratch: Tensor | None, fill: Callable[[int, Tensor], None]
+) -> Tensor:
+    """y [M, rows] of x [M, K] cut into V equal blocks, block v times the weight [rows, K] of x's dtype that fill(v, weight) writes.
+
+    The weights lie in `scratch` one after the other; it is allocated if not given.
+    """
     if x.is_cuda:
         _full_precision_sums()
-    rows, cols, variants = codes.shape[0], x.shape[1], 1 if noise is None else len(noise.eps)
-    weight = None if scratch is None else weight_in(scratch, x.dtype, (rows, cols), x)
+    shape = (rows, x.shape[1])
+    weight = torch.empty(shape, dtype=x.dtype, device=x.device) if scratch is None else weight_in(scratch, x.dtype, shape, x)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for v, (part, target) in enumerate(zip(x.chunk(variants), y.chunk(variants), strict=True)):
-        one = noise and noise._replace(state=noise.state[v : v + 1], eps=noise.eps[v : v + 1])
-        weight = dequantize(codes, scales, zeros, bits, group_size, cols, x.dtype, weight, one)
+        fill(v, weight)
         torch.mm(part, weight.t(), out=target) if bias is None else torch.addmm(bias, part, weight.t(), out=target)
     return y

@@ -36,6 +36,14 @@ def _check_group_size(group_size: int, cols: int, kind: str = "") -> None:
         raise ValueError(f"group_size = {group_size}: one int8 group of {cols} columns; expected at most {_MOST}")
 
 
+def check_kind(kind: str, zeros: Tensor | None, bits: int, group_size: int, cols: int, device: torch.device) -> None:
+    """ValueError unless a device multiplies 8-bit rows of `kind` with weights like these."""
+    _dtype_of(kind, device)
+    _check_group_size(group_size, cols, kind)
+    if zeros is not None and bits == 8 and kind == "fp8":
+        raise ValueError("zeros: given with e4m3 codes of 8 bits, which have none; expected None")
+
+
 def _check_rows(x: Tensor, kind: str) -> None:
     check_float("x", x.dtype)
     if x.dim() != 2:
@@ -212,16 +220,13 @@ def quant_matmul_a8(
     ValueError names what does not fit.
     """
     cols, rows = x.shape[-1], codes.shape[0]
-    dtype = _dtype_of(kind, x.device)
     flat = x.reshape(-1, cols).contiguous()
     state, eps, *rest = noise or (None, None, 0, 0.0, False, False)
     check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3])
-    _check_group_size(group_size, cols, kind)
-    if zeros is not None and bits == 8 and kind == "fp8":
-        raise ValueError("zeros: given with e4m3 codes of 8 bits, which have none; expected None")
+    check_kind(kind, zeros, bits, group_size, cols, x.device)
     if takes_packed(bits, group_size, cols):
         y = _a8_packed(flat, codes, scales, zeros, bias, state, eps, bits, group_size, kind, *rest)
     else:
-        weight = None if scratch is None else weight_in(scratch, dtype, (rows, cols), x)
+        weight = None if scratch is None else weight_in(scratch, reference_a8.LARGEST[kind][0], (rows, cols), x)
         y = _through_weight(flat, codes, scales, zeros, bits, group_size, kind, bias, noise, weight)
     return y.view(*x.shape[:-1], rows)

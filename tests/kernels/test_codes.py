@@ -78,7 +78,7 @@ def test_launcher_equals_reference(bits, noise_bits, fed_back, rows, cols, steps
     """Bit for bit, and something moves; the rows around codes and residual stay as they were."""
     before = make(bits, rows + 2, cols, fed_back)
     around, theirs = copies(*before), copies(*(x if x is None else x[1:-1] for x in before))
-    tail = (state(SEED, STEP), make_coefs(steps, directions, size), UID, bits, cols, noise_bits)
+    tail = (state(SEED, STEP), make_coefs(steps, directions, size), UID, bits, cols, noise_bits, 1 + cols % 2)
     kernels.launch_update_codes(*(x if x is None else x[1:-1] for x in around), *tail)
     update_codes_(*theirs, *tail)
     for ours, expected, old in zip(around, theirs, before, strict=True):
@@ -94,7 +94,7 @@ def test_residual_at_any_address():
     codes, residual = make(4, 3, 20, True)
     buffer = torch.zeros(61, dtype=torch.int16, device=DEVICE)
     shifted = buffer[1:].view(3, 20).copy_(residual)
-    tail = (state(SEED, STEP), make_coefs(1, 1, 0.3), UID, 4, 20, 4)
+    tail = (state(SEED, STEP), make_coefs(1, 1, 0.3), UID, 4, 20, 4, 2)
     ours = codes.clone()
     kernels.launch_update_codes(ours, shifted, *tail)
     update_codes_(codes, residual, *tail)
@@ -107,7 +107,7 @@ def test_residual_at_any_address():
 def test_coefficients_of_zero_change_no_bit(launch, fed_back, bits):
     ours = make(bits, 3, 130, fed_back)
     before = copies(*ours)
-    launch(*ours, state(SEED, STEP), torch.tensor([[0.0, -0.0]], device=DEVICE), UID, bits, 130, 4)
+    launch(*ours, state(SEED, STEP), torch.tensor([[0.0, -0.0]], device=DEVICE), UID, bits, 130, 4, 2)
     assert_same(ours, before)
 
 
@@ -118,8 +118,8 @@ def test_steps_at_once_equal_steps_one_by_one(launch, fed_back):
     ours, coefs = make(8, 3, 20, fed_back), make_coefs(2, 2, 4.0)
     one_by_one = copies(*ours)
     for s in range(2):
-        launch(*one_by_one, state(SEED, STEP + s), coefs[s : s + 1], UID, 8, 20, 3)
-    launch(*ours, state(SEED, STEP), torch.cat([coefs, torch.zeros_like(coefs[:1])]), UID, 8, 20, 3)
+        launch(*one_by_one, state(SEED, STEP + s), coefs[s : s + 1], UID, 8, 20, 3, 2)
+    launch(*ours, state(SEED, STEP), torch.cat([coefs, torch.zeros_like(coefs[:1])]), UID, 8, 20, 3, 2)
     assert_same(ours, one_by_one)
 
 
@@ -132,11 +132,25 @@ def test_codes_stay_in_range(launch, fed_back, size):
     codes, residual = make(4, 4, 30, fed_back)
     before = untile_codes(codes, 4, 30).clone()
     u = quantized_normal((4, 30), SEED, STEP, 0, UID, 2, 4, DEVICE)
-    launch(codes, residual, state(SEED, STEP), torch.tensor([[size]], device=DEVICE), UID, 4, 30, 4)
+    launch(codes, residual, state(SEED, STEP), torch.tensor([[size]], device=DEVICE), UID, 4, 30, 4, 2)
     expected = torch.where(u > 0, 0, torch.where(u < 0, 15, before))
     assert torch.equal(untile_codes(codes, 4, 30), expected.to(torch.int16)) and bool((u > 0).any()) and bool((u < 0).any())
     if fed_back:
         assert set(residual[u > 0].tolist()) == {-32768} and set(residual[u < 0].tolist()) == {32767}
+
+
+@LAUNCHES
+@EITHER
+def test_streams_are_roundings_of_one_noise(launch, fed_back):
+    """Another stream, another update, by at most one level of the noise where the streams differ and nowhere else."""
+    start, moved = make(8, 3, 50, fed_back), []
+    u = [quantized_normal((3, 50), SEED, STEP, 0, UID, stream, 4, DEVICE).int() for stream in (1, 2)]
+    for stream in (1, 2):
+        codes, residual = copies(*start)
+        launch(codes, residual, state(SEED, STEP), torch.tensor([[3.0]], device=DEVICE), UID, 8, 50, 4, stream)
+        moved.append(untile_codes(codes, 8, 50).int())
+    inside = (moved[0].minimum(moved[1]) > 0) & (moved[0].maximum(moved[1]) < 255)
+    assert torch.equal((moved[0] - moved[1])[inside], 3 * (u[1] - u[0])[inside]) and bool((u[0] != u[1])[inside].any())
 
 
 @triton.jit
@@ -167,7 +181,7 @@ def test_operator(fed_back):
     """The registered operator gives what the reference gives, and satisfies torch's operator checks."""
     ours, coefs = make(4, 3, 40, fed_back), make_coefs(2, 2, 0.4)
     theirs, checked = copies(*ours), copies(*ours)
-    tail = (state(SEED, STEP), coefs, UID, 4, 40, 4)
+    tail = (state(SEED, STEP), coefs, UID, 4, 40, 4, 1)
     torch.ops.qzo.update_codes_(*ours, *tail)
     update_codes_(*theirs, *tail)
     assert_same(ours, theirs)
@@ -194,13 +208,15 @@ def test_operator(fed_back):
         ({"cols": 129}, "codes: "),
         ({"noise_bits": 1}, "noise_bits = 1"),
         ({"noise_bits": 9}, "noise_bits = 9"),
+        ({"stream": 0}, "stream = 0"),
+        ({"stream": 3}, "stream = 3"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     codes, residual = make(4, 3, 40, True)
     arguments = {
         "codes": codes, "residual": residual, "state": state(1, 2), "coefs": make_coefs(1, 1, 0.1), "uid": 1, "bits": 4, "cols": 40,
-        "noise_bits": 4, **change,
+        "noise_bits": 4, "stream": 2, **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         ops_codes.update_codes_(**{k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})

@@ -33,7 +33,8 @@ def moved(codes: torch.Tensor, residual: torch.Tensor | None, cols: int) -> torc
 
 
 @EITHER
-def test_reference_is_the_equation(fed_back):
+@pytest.mark.parametrize("stream", [1, 2])
+def test_reference_is_the_equation(fed_back, stream):
     """In fractions from the noise itself: the products and their sum are the only roundings."""
     bits, shape, coefs = 3, (5, 17), [[0.3, -1.7], [0.0, 0.01]]
     generator = torch.Generator().manual_seed(1)
@@ -42,14 +43,14 @@ def test_reference_is_the_equation(fed_back):
     codes, q = tile_codes(q, bits).to(DEVICE), q.flatten().tolist()
     e = [Fraction(x, 65536) for x in residual.flatten().tolist()] if fed_back else []
     c = torch.tensor(coefs, device=DEVICE)
-    update_codes_(codes, residual, state(SEED, STEP), c, UID, bits, 17, 4)
+    update_codes_(codes, residual, state(SEED, STEP), c, UID, bits, 17, 4, stream)
 
     def nearby(x: Fraction, uniform: int) -> int:
         whole, part = divmod(abs(x), 1)
         return (1 if x > 0 else -1) * (int(whole) + (uniform < int(part * 2**24)))
 
     for s in range(2):
-        u = [quantized_normal(shape, SEED, STEP + s, i, UID, 2, 4, DEVICE).flatten() for i in range(2)]
+        u = [quantized_normal(shape, SEED, STEP + s, i, UID, stream, 4, DEVICE).flatten() for i in range(2)]
         draws = [reference.uniform24(shape, SEED, STEP + s, i, UID, 3, DEVICE).flatten().tolist() for i in range(2)]
         products = [(c[s, i] * u[i]).tolist() for i in range(2)]
         total = (c[s, 0] * u[0] + c[s, 1] * u[1]).tolist()
@@ -106,7 +107,7 @@ def test_a_step_is_unbiased(fed_back, size):
     rows, cols, unit = 300, 1000, 2.0**-16 if fed_back else 1.0
     codes, residual = middle(rows, cols, fed_back)
     c = torch.tensor([[size]], device=DEVICE)
-    update_codes_(codes, residual, state(SEED, STEP), c, UID, 8, cols, 4)
+    update_codes_(codes, residual, state(SEED, STEP), c, UID, 8, cols, 4, 2)
     u = quantized_normal((rows, cols), SEED, STEP, 0, UID, 2, 4, DEVICE)
     wanted = (c[0, 0] * u).double()
     error, part = moved(codes, residual, cols) + wanted, (wanted / unit) % 1
@@ -129,7 +130,7 @@ def test_drift_over_many_steps(monkeypatch, kept, fed_back):
     c = torch.full((steps, 1), 0.01, device=DEVICE)
     codes, residual = middle(rows, cols, fed_back)
     monkeypatch.setattr(reference_codes, "quantized_normal", kept)
-    update_codes_(codes, residual, state(SEED, STEP), c, UID, 8, cols, 4)
+    update_codes_(codes, residual, state(SEED, STEP), c, UID, 8, cols, 4, 2)
     wanted = torch.zeros(rows, cols, dtype=torch.float64, device=DEVICE)
     variance = torch.zeros_like(wanted)
     for s in range(steps):
