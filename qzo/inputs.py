@@ -24,6 +24,10 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
     if config is None:
         raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
                        f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
+    if recipe.activations == "fp8" and config.bits == 8:
+        raise BadInput("recipe, activations", "fp8 with a model of 8 bits", "int8, which multiplies such codes as they are", "Set activations=int8.")
+    if recipe.activations and config.group_size != -1 and config.group_size % 32:
+        raise BadInput("recipe, activations", f"{recipe.activations} with groups of {config.group_size}", "groups of a multiple of 32")
     skeleton(folder)
     return folder, config
 

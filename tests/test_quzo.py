@@ -173,3 +173,10 @@ def test_adapters_run_replay_resume_and_export(more, tuner, llama4, tmp_path, ca
 def test_layers_that_are_not_there_are_named(llama4, sentiment, tmp_path, capsys):
     assert main(["tune", write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, **LORA, lora_layers='["query"]')]) == 2
     assert "some of down_proj, gate_proj" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits,group,kind,said", [(8, 32, "fp8", "fp8 with a model of 8 bits"), (4, 24, "int8", "groups of 24")])
+def test_activations_that_the_model_cannot_take(bits, group, kind, said, llama16, sentiment, tmp_path, capsys):
+    quantize_model(str(llama16), tmp_path / "model", "rtn", bits, group, device="cpu")
+    assert main(["tune", write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", sentiment, activations=kind)]) == 2
+    assert said in capsys.readouterr().err
