@@ -48,16 +48,16 @@ def dense_model(like: str, device: torch.device, dtype: torch.dtype) -> LlamaFor
     return model
 
 
-def quantized_model(like: str, device: torch.device, dtype: torch.dtype) -> tuple[LlamaForCausalLM, dict[str, QuantLinear]]:
-    """The same with W4 g128 linears, but for the head, and their map by name."""
+def quantized_model(like: str, device: torch.device, dtype: torch.dtype, bits: int = BITS) -> tuple[LlamaForCausalLM, dict[str, QuantLinear]]:
+    """The same with quantized linears, groups of 128, but for the head, and their map by name."""
     model, scratch, layers = skeleton(like, dtype), Scratch(), {}
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             rows, cols = module.out_features, module.in_features
-            codes = torch.randint(-(1 << 31), 1 << 31, (rows, tiled_words(cols, BITS)), dtype=torch.int32, device=device)
-            # Codes are uniform in -8 ... 7, whose root mean square is 4.6.
-            scales = (0.5 + torch.rand(rows, -(-cols // GROUP), device=device)).mul_(SPREAD / 4.6)
-            layer = QuantLinear(f"model.{name}", LayerTensors(codes, scales, None, None), BITS, GROUP, cols, None, scratch)
+            codes = torch.randint(-(1 << 31), 1 << 31, (rows, tiled_words(cols, bits)), dtype=torch.int32, device=device)
+            # Codes are uniform in -2^(bits - 1) ... 2^(bits - 1) - 1, whose root mean square is 0.29 times their number.
+            scales = (0.5 + torch.rand(rows, -(-cols // GROUP), device=device)).mul_(SPREAD / (0.29 * 2**bits))
+            layer = QuantLinear(f"model.{name}", LayerTensors(codes, scales, None, None), bits, GROUP, cols, None, scratch)
             parent, _, child = name.rpartition(".")
             setattr(model.model.get_submodule(parent), child, layer)
             layers[layer.name] = layer
@@ -127,6 +127,7 @@ class MeZO:
 PARTS = [  # the first whose word is in a kernel's name
     ("attention", ("flash", "fmha", "attention", "sdpa", "softmax_warp")),
     ("update", ("_update_kernel", "update_")),
+    ("noise", ("_noise_kernel", "_noisy_weight")),
     ("perturb", ("_perturb",)),
     ("dequantize", ("_dequantize_kernel", "dequantize")),
     ("norms, rotary, SwiGLU", ("rms_norm", "rotary", "silu")),

@@ -257,7 +257,7 @@ def test_bench_kernels_from_end_to_end(green, tmp_path, monkeypatch, capsys):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("more", [[], ["--offload"]], ids=["on the device", "offload"])
+@pytest.mark.parametrize("more", [[], ["--offload"], ["--quzo", "W4A8"]], ids=["on the device", "offload", "quzo"])
 def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qzo.model.stream.Lanes", lambda device: AtOnce())
     out = tmp_path / "results" / "step.json"
@@ -265,11 +265,12 @@ def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command + more)
     script("bench_step").main()
     document = json.loads(out.read_text())
-    assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", "two forwards", "MeZO", "MeZO, fused additions"]
+    eager = ["eager QuZO"] if "--quzo" in more else []
+    assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", "two forwards", "MeZO", "MeZO, fused additions", *eager]
     assert all(0 < row["p20"] <= row["ms"] <= row["p80"] for row in document["rows"])
     bus = [row["bus_gb"] for row in document["rows"] if "bus_gb" in row]
-    assert document["offload"] == bool(more) == bool(bus) and (not bus or 0 < bus[1] == 2 * bus[0])
-    assert document["must_show"][0]["size"] == "2x16" and "dequantize" in document["profile"]["ours, stacked"]["ms"]
+    assert document["offload"] == ("--offload" in more) == bool(bus) and (not bus or 0 < bus[1] == 2 * bus[0])
+    assert document["must_show"][0]["size"] == "2x16" and ("dequantize" in document["profile"]["ours, stacked"]["ms"] or eager)
     assert "of two forwards" in capsys.readouterr().out
 
 
