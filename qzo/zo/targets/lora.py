@@ -130,9 +130,11 @@ class Lora:
 
     @contextmanager
     def entered(self, variants: Variants) -> Iterator[None]:
-        u = self._values.new_zeros(len(variants.signs), len(self._values), dtype=torch.int8)
-        for state, out in zip(variants.states, u, strict=True):
+        states = variants.states[::2] if variants.paired else variants.states
+        u = self._values.new_zeros(len(states), len(self._values), dtype=torch.int8)
+        for state, out in zip(states, u, strict=True):
             self._draw(state, 1, out)
+        u = u.repeat_interleave(2, 0) if variants.paired else u
         sizes = variants.signs * (self.eps * self._level)
         self._show(self._values + sizes[:, None] * u.float())
         try:
