@@ -20,6 +20,7 @@ from qzo.checkpoint import newest_snapshot
 from qzo.errors import BadInput, RunFailed
 from qzo.journal import Record, read_journal
 from qzo.model.files import Folder
+from qzo.model.formats import read_config, stored_scales
 from qzo.model.load import LoadedModel, load_model
 from qzo.recipe import Recipe, default_output_dir, diff
 from qzo.zo.estimator import Clip
@@ -164,11 +165,11 @@ def device_name(device: torch.device) -> str:
 
 def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors that move, as the base model holds them: fp32 [rows, cols] by name. Reads nothing else of the model."""
-    state = {}
+    state, config = {}, read_config(folder)
     for group in header["groups"]:
         for tensor in group["tensors"]:
             name, _, kind = tensor["name"].rpartition("/")
-            stored = folder.read(f"{name}.scales").t() if kind == "scales" else folder.read(name)[None]
+            stored = stored_scales(folder, name, config) if kind == "scales" else folder.read(name)[None]
             value = stored.to(device, torch.float32).contiguous()
             if list(value.shape) != list(tensor["shape"]):
                 raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{tensor['shape']}, as the journal says")
