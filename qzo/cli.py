@@ -16,6 +16,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
   qzo evaluate runs/qzo-llama-2-13b-w4-seed0
   qzo export runs/qzo-llama-2-13b-w4-seed0 -o llama-13b-w4-sst2"""
 
+EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "hf", "peft")
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
     "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",
@@ -107,7 +108,7 @@ def _tune(args: argparse.Namespace) -> None:
 
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("evaluate", help="accuracy on a task, or perplexity on a text, of a model or a run")
-    p.add_argument("model", metavar="MODEL_OR_RUN", help="16-bit or GPTQ folder, hub id, or the folder of a run")
+    p.add_argument("model", metavar="MODEL_OR_RUN", help="16-bit or quantized folder, hub id, or the folder of a run")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad (default for a run: its own)")
     what.add_argument("--recipe", metavar="RECIPE", help="take task, data and split from a recipe")
@@ -148,8 +149,7 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("export", help="write a run's tuned model as an ordinary checkpoint")
     p.add_argument("run_folder", metavar="RUN")
     p.add_argument("-o", "--out", required=True, help="new folder for the model")
-    p.add_argument("--format", choices=("gptq", "gptq_v2", "hf", "peft"),
-                   help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")  # fmt: skip
+    p.add_argument("--format", choices=EXPORTS, help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")
     p.set_defaults(run=_export, to=None, snapshots=True)
 
 
@@ -163,7 +163,7 @@ def _export(args: argparse.Namespace) -> None:
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
     print(f"{args.out}: {summary['format']}, {summary['steps']} steps applied")
-    print(f"reloaded: logits {same}; rounding scales to fp16 moves a scale by at most {summary['rounding']:.2g} of itself "
+    print(f"reloaded: logits {same}; rounding scales to {summary['scales']} moves a scale by at most {summary['rounding']:.2g} of itself "
           f"and a logit by at most {checked['rounding_difference']:.3g} (largest logit {checked['largest_logit']:.3g})")  # fmt: skip
 
 

@@ -62,8 +62,8 @@ def _check_tuning(device: torch.device) -> str:
     """Twenty steps on a quadratic of the scales of one layer must lower it."""
     from qzo_kernels.pack import tile_codes
 
-    from qzo.model.gptq_format import LayerTensors
     from qzo.model.linear import QuantLinear
+    from qzo.model.uniform import LayerTensors
     from qzo.zo.optimizer import ZO
     from qzo.zo.targets.scales import Scales
 

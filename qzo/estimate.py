@@ -17,8 +17,9 @@ from qzo_kernels.pack import tiled_words
 from qzo.data.batches import bucket
 from qzo.data.encode import Encoded
 from qzo.data.loss import HEAD_POSITIONS
+from qzo.errors import BadInput
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig
+from qzo.model.formats import Quantization, format_of, part_of
 
 SLACK = "allocator, workspaces"  # the part that is of no tensor
 PHASES = ("load", "step", "evaluate", "snapshot", "export")
@@ -68,7 +69,7 @@ class Shapes:
 
     linears: tuple[Linear, ...]
     others: dict[str, int]
-    quantization: GptqConfig
+    quantization: Quantization
     config: dict
     streamed: bool = False  # the codes of the decoder layers lie in host memory, but for those of two
     noisy_codes: bool = False  # forwards go through the scratch, for the noise is on the codes
@@ -83,18 +84,20 @@ class Shapes:
         return 4 * linear.rows * tiled_words(linear.cols, self.quantization.bits)
 
     @classmethod
-    def of(cls, folder: Folder, quantization: GptqConfig) -> "Shapes":
+    def of(cls, folder: Folder, quantization: Quantization) -> "Shapes":
+        """Raises BadInput where no tensor is quantized."""
         from transformers import AutoConfig
 
-        linears, others = [], {}
+        linears, others, layout = [], {}, format_of(quantization)
         for tensor in folder.tensors:
-            module, _, kind = tensor.rpartition(".")
-            shape = folder.shape(tensor)
-            if kind == "qweight":
+            part = part_of(folder, tensor, quantization)
+            if part is None:
+                others[tensor] = torch.Size(folder.shape(tensor)).numel()
+            elif part[1] == layout.CODES:
                 inside = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor)
-                linears.append(Linear(shape[1], shape[0] * 32 // quantization.bits, int(inside[1]) if inside else None))
-            elif kind not in ("scales", "qzeros", "g_idx"):
-                others[tensor] = torch.Size(shape).numel()
+                linears.append(Linear(*layout.shape(folder, part[0], quantization), int(inside[1]) if inside else None))
+        if not linears:
+            raise BadInput(str(folder.path), "a quantization config and no quantized tensor", ", ".join(layout.PARTS))
         # With the defaults of what config.json leaves out.
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
         return cls(tuple(linears), others, quantization, config)

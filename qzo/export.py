@@ -1,68 +1,71 @@
-"""A run out of its folder, as a model folder: an ordinary GPTQ checkpoint, or dequantized 16-bit weights.
+"""A run out of its folder, as a model folder: an ordinary checkpoint of the base model's format, or dequantized 16-bit weights.
 
 The base checkpoint is copied tensor by tensor; only scales (and norms and biases, where they were tuned) are new.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
+from qzo_kernels.pack import untile_codes
 from safetensors.torch import load_file
 
 from qzo.data.encode import leading_ids
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig, pack_layer, pack_zeros, read_config, read_layer, unpack_zeros
+from qzo.model.formats import Quantization, format_of, part_of, read_config
 from qzo.model.linear import QuantLinear
 from qzo.model.load import load_model, pick_device, skeleton
 from qzo.model.save import FolderWriter
+from qzo.model.uniform import Moved
 from qzo.peft_export import ADAPTER, write_peft
 from qzo.progress import Progress
 from qzo.rebuild import load_run, tuned_state
 from qzo.run import read_run, recipe_of, steps_to
 
-FORMATS = ("gptq", "gptq_v2", "hf", "peft")
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
 
 
 def export_run(run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True) -> dict:
     """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`.
 
-    format: gptq | gptq_v2 | hf; default: the base checkpoint's own; of a run whose adapters moved peft, and no other. Returns the steps,
-    the state and what rounding the scales to fp16 changed. Raises BadInput for a zero point that gptq (v1) cannot hold.
+    format: hf, or one that the base checkpoint's format can be written as (gptq and gptq_v2; otherwise its own); default:
+    its own; for a run whose adapters moved peft, and no other. Returns the steps, the state and what rounding the scales changed. Raises BadInput for another format, and for
+    a zero point that gptq (v1) cannot hold.
     """
     header, records = read_run(run)
     steps = steps_to(run, records, to)
     folder = Folder(header["base"]["model"])
     config = read_config(folder)
     adapters = header["groups"][0]["name"] == "lora"
+    known = ("peft",) if adapters else (*format_of(config).VERSIONS, "hf")
     format = format or ("peft" if adapters else config.version)
-    if format not in FORMATS or (format == "peft") != adapters:
-        raise BadInput("--format", format, "peft, for adapters were tuned" if adapters else f"one of {', '.join(FORMATS[:-1])}")
+    if format not in known:
+        raise BadInput("--format", format, f"one of {', '.join(known)}", "This model's codes are kept in the layout that they have.")
     if adapters:
         state, recipe = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)[1], recipe_of(header, run)
         write_peft(out, state, recipe.model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_layers)
-        return {"steps": steps, "out": str(out), "format": format, "rounding": 0.0, "state": state}
+        return {"steps": steps, "out": str(out), "format": format, "state": state}
     with FolderWriter(out) as writer, Progress("export", len(folder.tensors)) as progress:
         _, state = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)
         if format == "hf":
             _write_dense(folder, config, state, writer, progress)
         else:
             cols = {tensor["name"]: tensor["shape"][1] for group in header["groups"] for tensor in group["tensors"]}
-            _write_gptq(folder, config, format, state, cols, writer, progress)
-    return {"steps": steps, "out": str(out), "format": format, "rounding": _rounding(state), "state": state}
+            _write_quantized(folder, config, format, state, cols, writer, progress)
+    scales, worst = _rounding(folder, config, state)
+    return {"steps": steps, "out": str(out), "format": format, "rounding": worst, "scales": scales, "state": state}
 
 
-def _rounded(folder: Folder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state as a GPTQ checkpoint holds it: scales in fp16, the others in the base checkpoint's dtype."""
+def _rounded(folder: Folder, config: Quantization, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state as a quantized checkpoint holds it: scales in its format's dtype, the others in the base checkpoint's."""
     rounded = {}
     for name, value in state.items():
         tensor, _, kind = name.rpartition("/")
         if not value.is_floating_point():
             rounded[name] = value
             continue
-        rounded[name] = value.to(torch.float16 if kind == "scales" else folder.read(tensor).dtype)
+        rounded[name] = value.to(format_of(config).scale_dtype(folder, tensor) if kind == "scales" else folder.read(tensor).dtype)
         if not bool(torch.isfinite(rounded[name]).all()):
             raise RunFailed(name, f"a tuned value beyond the range of {rounded[name].dtype}", "smaller values", "Tune with a lower lr.")
     return rounded
@@ -73,72 +76,68 @@ def _tuned(state: dict[str, Any], name: str) -> Any:
     return state.get(name, state.get(f"model.{name}"))
 
 
-def _write_gptq(
-    folder: Folder, config: GptqConfig, version: str, state: dict[str, torch.Tensor], cols: dict[str, int], writer: FolderWriter,
+def _write_quantized(
+    folder: Folder, config: Quantization, version: str, state: dict[str, torch.Tensor], cols: dict[str, int], writer: FolderWriter,
     progress: Progress,
 ) -> None:  # fmt: skip
     """`cols`: columns of the tensors that moved, by name."""
-    target = dataclasses.replace(config, version=version)
-    rounded = _rounded(folder, state)
+    layout, rounded = format_of(config), _rounded(folder, config, state)
     for number, name in enumerate(folder.tensors):
-        value = folder.read(name)
-        module, _, kind = name.rpartition(".")
-        if kind == "scales" and (tuned := _tuned(rounded, f"{module}/scales")) is not None:
-            value = tuned.t()
-        elif kind == "qweight" and (tuned := _tuned(rounded, f"{module}/codes")) is not None:
-            value = pack_layer(tuned, folder, module, config, _tuned(cols, f"{module}/codes"))
-        elif kind == "qzeros" and version != config.version:
-            rows = folder.shape(f"{module}.scales")[1]
-            value = pack_zeros(unpack_zeros(value, config, rows), target, name)
-        else:
+        part = part_of(folder, name, config)
+        if part is None:
             tuned = _tuned(rounded, f"{name}/dense")
-            value = value if tuned is None else tuned[0]
+            value = folder.read(name) if tuned is None else tuned[0]
+        else:
+            codes = _tuned(rounded, f"{part[0]}/codes")
+            if codes is not None:
+                codes = untile_codes(codes, config.bits, _tuned(cols, f"{part[0]}/codes")).to(torch.uint8)
+            value = layout.written(folder, *part, config, version, Moved(_tuned(rounded, f"{part[0]}/scales"), codes))
         writer.add(name, value)
         progress.update(number + 1)
-    raw = folder.config.get("quantization_config") or folder.read_json("quantize_config.json")
-    raw = {**target.to_dict(), **raw, "checkpoint_format": version}
-    raw.update({key: value for key, value in (("format", version), ("version", 1 + target.v2)) if key in raw})
+    quantization, extra = layout.documents(folder, config, version)
     folder.copy_side_files(writer.partial)
-    writer.finish({**folder.config, "quantization_config": raw}, {"quantize_config.json": raw})
+    writer.finish({**folder.config, "quantization_config": quantization}, extra)
 
 
-def _write_dense(folder: Folder, config: GptqConfig, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress) -> None:
-    parts = ("qweight", "qzeros", "scales", "g_idx")
-    modules = dict(skeleton(folder).named_modules())
+def _write_dense(folder: Folder, config: Quantization, state: dict[str, torch.Tensor], writer: FolderWriter, progress: Progress) -> None:
+    layout, modules = format_of(config), dict(skeleton(folder).named_modules())
     for number, name in enumerate(folder.tensors):
-        module, _, kind = name.rpartition(".")
-        if kind == "scales" and f"{module}.qweight" in folder:
+        part = part_of(folder, name, config)
+        if part is None:
+            tuned = _tuned(state, f"{name}/dense")
+            writer.add(name, folder.read(name) if tuned is None else tuned[0].to(torch.float16))
+        elif part[1] == layout.SCALES:
+            module = part[0]
             linear = modules.get(module) or modules[f"model.{module}"]
             cols = linear.in_features
-            tensors = read_layer(folder, module, config, linear.out_features, cols)
+            tensors = layout.read_layer(folder, module, config, linear.out_features, cols)
             scales, codes = (_tuned(state, f"{module}/{kind}") for kind in ("scales", "codes"))
             tensors.scales = tensors.scales if scales is None else scales
             tensors.codes = tensors.codes if codes is None else codes
             layer = QuantLinear(module, tensors, config.bits, config.group(cols), cols)
             writer.add(f"{module}.weight", layer.weight(torch.float16))
-        elif kind not in parts:
-            tuned = _tuned(state, f"{name}/dense")
-            writer.add(name, folder.read(name) if tuned is None else tuned[0].to(torch.float16))
         progress.update(number + 1)
     folder.copy_side_files(writer.partial)
     plain = {key: value for key, value in folder.config.items() if key != "quantization_config"}
     writer.finish({**plain, "dtype": "float16"})
 
 
-def _rounding(state: dict[str, torch.Tensor]) -> float:
-    """The largest relative change of a scale by its cast to fp16."""
-    worst = 0.0
+def _rounding(folder: Folder, config: Quantization, state: dict[str, torch.Tensor]) -> tuple[str, float]:
+    """(the dtype of an export's scales, the largest relative change of a scale by its cast to it)."""
+    worst, kinds = 0.0, set()
     for name, value in state.items():
         if name.endswith("/scales"):
-            change = (value.half().float() - value).abs() / value.abs().clamp(min=1e-12)
+            kind = format_of(config).scale_dtype(folder, name.removesuffix("/scales"))
+            kinds.add({torch.float16: "fp16", torch.bfloat16: "bf16"}.get(kind, "fp32"))
+            change = (value.to(kind).float() - value).abs() / value.abs().clamp(min=1e-12)
             worst = max(worst, float(change.max()))
-    return worst
+    return " and ".join(sorted(kinds)), worst
 
 
 def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> dict:
     """Load `out` afresh and compare its logits with the run's own on a probe text.
 
-    A GPTQ folder must equal the run with its scales rounded to fp16, bit for bit (RunFailed otherwise); also returns
+    A quantized folder must equal the run with its scales rounded as it stores them, bit for bit (RunFailed otherwise); also returns
     the largest difference to the run with fp32 scales, `rounding_difference`, beside the largest logit. An adapter for peft must
     hold the run's tensors; {} then.
     """
@@ -153,7 +152,7 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
     ids = _probe(loaded)
     tuned = _logits(loaded.model, ids)
     for target in targets:
-        target.load_state(_rounded(loaded.folder, target.state()))
+        target.load_state(_rounded(loaded.folder, loaded.config, target.state()))
     rounded = _logits(loaded.model, ids)
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[loaded.dtype]
     recipe = recipe_of(read_run(run)[0], run)

@@ -11,7 +11,7 @@ from qzo.estimate import PHASES, SLACK, Estimate, Shapes, Work, estimate, larges
 from qzo.evaluate import NEW_TOKENS
 from qzo.memory import available, gigabytes
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig
+from qzo.model.formats import Quantization
 from qzo.model.load import pick_device, pick_dtype
 from qzo.recipe import Recipe
 
@@ -39,7 +39,7 @@ class Fit:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Folder, quantization: GptqConfig, encoded: Sequence[Encoded], generation: bool, begun: int | None = None
+        self, recipe: Recipe, folder: Folder, quantization: Quantization, encoded: Sequence[Encoded], generation: bool, begun: int | None = None
     ):  # fmt: skip
         self.recipe, self.examples, self.generation = recipe, len(encoded), generation
         self.one = largest(encoded)

@@ -6,7 +6,7 @@ from qzo.data.encode import Encoded, encode_examples
 from qzo.data.tasks import Example, Task, get_task, load_examples
 from qzo.errors import BadInput
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig, read_config
+from qzo.model.formats import Quantization, read_config
 from qzo.model.load import skeleton
 from qzo.recipe import Recipe
 
@@ -15,14 +15,14 @@ def task_of(recipe: Recipe) -> Task:
     return get_task(recipe.task, recipe.prompt, recipe.choices, recipe.label, recipe.completion)
 
 
-def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
+def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
     """The model's folder and its quantization. Raises BadInput for a recipe or a model that cannot be tuned."""
     if recipe.stacked and recipe.dense:
         raise BadInput("recipe, stacked", "true together with dense: true", "one of the two", "Set stacked=false.")
     folder = Folder(recipe.model)
     config = read_config(folder)
     if config is None:
-        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ checkpoint",
+        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ, AWQ or compressed-tensors checkpoint",
                        f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
     if recipe.activations == "fp8" and config.bits == 8:
         raise BadInput("recipe, activations", "fp8 with a model of 8 bits", "int8, which multiplies such codes as they are", "Set activations=int8.")

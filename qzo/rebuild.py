@@ -11,7 +11,7 @@ from qzo.checkpoint import newest_snapshot
 from qzo.errors import BadInput
 from qzo.journal import Record
 from qzo.model.files import Folder
-from qzo.model.gptq_format import read_config, read_layer
+from qzo.model.formats import format_of, read_config, stored_scales
 from qzo.model.load import LoadedModel, load_model
 from qzo.recipe import Recipe
 from qzo.run import check_base, read_run, recipe_of, steps_to
@@ -60,7 +60,7 @@ def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> 
 def _base_values(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """fp32 [rows, cols]."""
     name, _, kind = tensor["name"].rpartition("/")
-    stored = folder.read(f"{name}.scales").t() if kind == "scales" else folder.read(name)[None]
+    stored = stored_scales(folder, name, read_config(folder)) if kind == "scales" else folder.read(name)[None]
     value = stored.to(device, torch.float32).contiguous()
     if list(value.shape) != list(tensor["shape"]):
         raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{tensor['shape']}, as the journal says")
@@ -69,8 +69,8 @@ def _base_values(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], 
 
 def _base_codes(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """Packed codes as QuantLinear holds them, and residuals of zero."""
-    rows, cols = tensor["shape"]
-    codes = read_layer(folder, tensor["name"].removesuffix("/codes"), read_config(folder), rows, cols, device).codes
+    (rows, cols), config = tensor["shape"], read_config(folder)
+    codes = format_of(config).read_layer(folder, tensor["name"].removesuffix("/codes"), config, rows, cols, device).codes
     if not group["settings"]["feedback"]:
         return {tensor["name"]: codes}
     return {tensor["name"]: codes, residual_name(tensor["name"]): torch.zeros(rows, cols, dtype=torch.int16, device=device)}

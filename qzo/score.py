@@ -33,7 +33,7 @@ class Question:
 
 
 def score(model: str, question: Question, device: str = "auto", dtype: str | None = None) -> dict[str, Any]:
-    """Figures of a 16-bit folder, a GPTQ folder, a hub id or a run. Cheap input is checked before the model is loaded."""
+    """Figures of a 16-bit folder, a quantized folder, a hub id or a run. Cheap input is checked before the model is loaded."""
     run = is_run(model)
     examples = None
     if question.perplexity is None:

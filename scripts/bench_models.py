@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qzo.data.batches import Batch
-from qzo.model.gptq_format import LayerTensors
+from qzo.model.uniform import LayerTensors
 from qzo.model.linear import QuantLinear, Scratch
 
 BITS, GROUP, SPREAD = 4, 128, 0.02

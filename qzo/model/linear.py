@@ -6,7 +6,7 @@ import torch
 from qzo_kernels import ops, ops_a8, ops_noisy
 from torch import nn
 
-from qzo.model.gptq_format import LayerTensors
+from qzo.model.uniform import LayerTensors
 
 
 class Scratch:

@@ -10,7 +10,7 @@ from torch import nn
 from qzo.errors import BadInput
 from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
-from qzo.model.gptq_format import GptqConfig, read_config, read_layer
+from qzo.model.formats import Quantization, format_of, is_quantized, read_config
 from qzo.model.linear import QuantLinear, Scratch
 from qzo.model.stream import CodeStream, stream_codes
 from qzo.progress import Progress
@@ -28,7 +28,7 @@ class LoadedModel:
 
     model: nn.Module
     folder: Folder
-    config: GptqConfig | None
+    config: Quantization | None
     layers: dict[str, QuantLinear]
     device: torch.device
     dtype: torch.dtype
@@ -151,15 +151,16 @@ def release(module: nn.Module) -> None:
 
 
 def _swap_quantized(
-    model: nn.Module, folder: Folder, config: GptqConfig, device: torch.device, dtype: torch.dtype, offload: bool
+    model: nn.Module, folder: Folder, config: Quantization, device: torch.device, dtype: torch.dtype, offload: bool
 ) -> dict[str, QuantLinear]:
     """The QuantLinears by name, in their places. With `offload` the codes of the decoder layers stay on the CPU."""
+    layout = format_of(config)
     scratch, layers, inside = Scratch(), {}, set(model.get_decoder().layers.modules()) if offload else ()
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.qweight" in folder]
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(folder, n, config)]
     progress = Progress("load", len(linears), after=2.0)
     for number, (name, module) in enumerate(linears):
         rows, cols = module.out_features, module.in_features
-        tensors = read_layer(folder, name, config, rows, cols, device)
+        tensors = layout.read_layer(folder, name, config, rows, cols, device)
         if module in inside:
             tensors.codes = tensors.codes.cpu()
         bias = None
@@ -179,7 +180,7 @@ def _swap_quantized(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what unpacking took
     if not layers:
-        raise BadInput(str(folder.path), "a quantization config and no quantized tensor", "qweight, qzeros, scales")
+        raise BadInput(str(folder.path), "a quantization config and no quantized tensor", ", ".join(layout.PARTS))
     return layers
 
 
@@ -197,7 +198,7 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
 def load_model(
     name: str, device: str = "auto", dtype: str = "auto", offload: str = "none", activations: str | None = None
 ) -> LoadedModel:
-    """Load a 16-bit or GPTQ folder, a hub id or `builtin:NAME` for inference.
+    """Load a 16-bit or quantized folder, a hub id or `builtin:NAME` for inference.
 
     Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
     memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.

@@ -132,7 +132,7 @@ def _check_model(folder: "Folder", network: "nn.Module", config: "GptqConfig") -
     """The full names of the Linears to quantize. Raises BadInput for what the quantizer or the format does not take."""
     from torch import nn
 
-    from qzo.model.gptq_format import read_config
+    from qzo.model.formats import read_config
     from qzo.quantize.walk import decoder_layers
 
     if read_config(folder) is not None:

@@ -43,6 +43,17 @@ def quantization(**keys):
     return change
 
 
+def compressed(layout="pack-quantized", groups=None, kv_cache_scheme=None, **keys):
+    """A compressed-tensors config: `keys` of its group, or else of the group's weights."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "input_activations": None, "weights": weights}
+    for key, value in keys.items():
+        (group if key in group else weights)[key] = value
+    groups = {"group_0": group} if groups is None else groups
+    method = {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "kv_cache_scheme": kv_cache_scheme}
+    return config(quantization_config=method)
+
+
 def write(name, text):
     return lambda folder: (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
 
@@ -115,8 +126,29 @@ CASES = {
     "infinite scales": (INFINITE, [f"{Q}.scales: infinities or NaN"]),
     # quantization_config
     "format": (quantization(checkpoint_format="gptq_v3"), ["config.json", "format 'gptq_v3'", "gptq or gptq_v2"]),
-    "awq": (quantization(quant_method="awq"), ["format 'awq'", "a GPTQ checkpoint"]),
+    "hqq": (quantization(quant_method="hqq"), ["config.json", "format 'hqq'; expected one of gptq, awq, compressed-tensors"]),
     "bitsandbytes": (quantization(quant_method="bitsandbytes", load_in_4bit=True), ["format 'bitsandbytes'"]),
+    "method a number": (quantization(quant_method=4), ["format 4; expected one of gptq"]),
+    "method a list": (quantization(quant_method=["gptq"]), ["format ['gptq']; expected one of gptq"]),
+    "awq of a gptq file": (quantization(quant_method="awq"), [f"{Q}.qweight: shape [8, 64]; expected [64, 8]"]),
+    "awq gemv": (quantization(quant_method="awq", version="gemv"), ["AWQ in the layout 'gemv'; expected gemm", "version gemm"]),
+    "awq marlin": (quantization(quant_method="awq", version="marlin"), ["AWQ in the layout 'marlin'; expected gemm"]),
+    "awq 8 bits": (quantization(quant_method="awq", bits=8), ["bits 8; expected 4, the only width of AWQ gemm"]),
+    "awq no group size": (quantization(quant_method="awq", group_size=None), ["group_size None; expected a positive"]),
+    "compressed of a gptq file": (compressed(), ["a quantization config and no quantized tensor; expected weight_packed"]),
+    "compressed fp8": (compressed(layout="float-quantized"), ["compressed-tensors in the layout 'float-quantized'; expected pack-quantized"]),
+    "compressed no groups": (compressed(groups={}), ["config_groups []; expected one group"]),
+    "compressed two groups": (compressed(groups={"a": {}, "b": {}}), ["config_groups ['a', 'b']; expected one group"]),
+    "compressed preset": (compressed(groups={"W4A16": ["Linear"]}), ["config_groups ['W4A16']; expected one group, an object"]),
+    "compressed activations": (compressed(input_activations={"num_bits": 8}), ["group_0: input_activations: quantized activations", "null"]),
+    "compressed targets": (compressed(targets=["re:.*mlp.*"]), ["targets ['re:.*mlp.*']; expected ['Linear']", "ignore"]),
+    "compressed no weights": (compressed(weights=None), ["group_0, weights: NoneType; expected an object"]),
+    "compressed 3 bits": (compressed(num_bits=3), ["bits 3; expected 4 or 8"]),
+    "compressed float": (compressed(type="float"), ["type 'float'; expected int"]),
+    "compressed block": (compressed(strategy="block"), ["strategy 'block'; expected group or channel"]),
+    "compressed dynamic": (compressed(dynamic=True), ["dynamic True; expected false"]),
+    "compressed no size": (compressed(group_size=None), ["group_size None; expected a positive"]),
+    "compressed kv cache": (compressed(kv_cache_scheme={"num_bits": 8}), ["kv_cache_scheme: a model that computes in another way"]),
     "marlin": (quantization(checkpoint_format="marlin"), ["format 'marlin'"]),
     "marlin flag": (quantization(is_marlin_format=True), ["format 'marlin'"]),
     "bits 5": (quantization(bits=5), ["bits 5; expected 2, 3, 4 or 8"]),

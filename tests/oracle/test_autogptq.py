@@ -4,9 +4,6 @@ The package no longer imports beside transformers 5: its wheel is unpacked into 
 """
 
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import make_model, write_recipe
 from torch import nn
+from wheels import install
 
 from qzo.cli import main
 from qzo.model.gptq_format import GptqConfig
@@ -25,21 +23,12 @@ from qzo.rebuild import load_run
 
 FILE = "auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py"
 # The file is plain Python: one wheel serves every interpreter.
-PIP = [
-    "install", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11", "--implementation=cp",
-    "--platform=manylinux2014_x86_64", "auto-gptq==0.7.1",
-]  # fmt: skip
+PIP = ("--python-version=3.11", "--implementation=cp", "--platform=manylinux2014_x86_64", "auto-gptq==0.7.1")
 
 
 @pytest.fixture(scope="session")
 def auto_gptq(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    cache = getattr(pytestconfig, "cache", None)
-    folder = Path(cache.mkdir("auto-gptq-0.7.1")) if cache else tmp_path_factory.mktemp("auto-gptq")
-    if not (folder / FILE).exists():
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", *PIP, "--upgrade", "--target", str(folder)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"auto-gptq could not be installed:\n{done.stderr}"
+    folder = install(pytestconfig, tmp_path_factory, "auto-gptq-0.7.1", FILE, *PIP)
     spec = importlib.util.spec_from_file_location("autogptq_qlinear_cuda_old", folder / FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -9,8 +9,8 @@ from qzo_kernels import reference
 from qzo_kernels.pack import tile_codes
 from torch import nn
 
-from qzo.model.gptq_format import LayerTensors
 from qzo.model.linear import QuantLinear
+from qzo.model.uniform import LayerTensors
 from qzo.zo.estimator import Clip, coefficients, projected_gradients
 from qzo.zo.noise import check_unique, tensor_name, tensor_uid, variants
 from qzo.zo.optimizer import ZO

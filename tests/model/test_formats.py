@@ -1,0 +1,105 @@
+"""Every format gives the weights that it says, byte by byte, and is seen by the estimate as it is loaded."""
+
+import json
+
+import pytest
+import torch
+from tiny_formats import make_awq, make_compressed
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qzo.errors import BadInput
+from qzo.estimate import Shapes
+from qzo.model.files import Folder
+from qzo.model.formats import FORMATS, format_of, read_config
+from qzo.model.load import load_model
+
+IDS = torch.arange(1, 25)[None]
+# Of the widths 64 and 88 the second ends in a partial group of 24.
+CASES = {
+    "awq": (make_awq, {}),
+    "awq sym": (make_awq, {"sym": True, "size": 16}),
+    "awq whole rows": (make_awq, {"size": -1}),
+    "compressed 4": (make_compressed, {}),
+    "compressed 4 sym": (make_compressed, {"sym": True, "size": 8}),
+    "compressed 4 ordered": (make_compressed, {"order": True}),
+    "compressed 8 channel": (make_compressed, {"bits": 8, "size": -1}),
+    "compressed 8 sym ordered": (make_compressed, {"bits": 8, "sym": True, "order": True}),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights(case, llama16, tmp_path):
+    make, keys = CASES[case]
+    folder, dense = make(llama16, tmp_path / "model", **keys)
+    loaded = load_model(str(folder), "cpu", "fp32")
+    assert len(loaded.layers) == 7
+    for name, layer in loaded.layers.items():
+        assert torch.equal(layer.weight(torch.float32), dense[f"{name}.weight"])
+        assert (layer.zeros is None) == keys.get("sym", False) and (layer.perm is not None) == keys.get("order", False)
+    expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama16), dtype=torch.float32).eval()
+    expected.load_state_dict(dense)
+    torch.testing.assert_close(logits(loaded.model), logits(expected), rtol=1e-5, atol=1e-4)
+    if "order" not in keys:
+        assert torch.equal(logits(loaded.model), logits(expected))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes(case, llama16, tmp_path):
+    make, keys = CASES[case]
+    folder = Folder(make(llama16, tmp_path / "model", **keys)[0])
+    shapes, loaded = Shapes.of(folder, read_config(folder)), load_model(str(folder.path), "cpu", "fp32")
+    assert sorted((linear.rows, linear.cols) for linear in shapes.linears) == sorted(
+        (layer.out_features, layer.in_features) for layer in loaded.layers.values()
+    )
+    assert {linear.layer for linear in shapes.linears} == {0}
+    assert set(shapes.others) == {name for name, _ in loaded.model.named_parameters() if not name.endswith(".scales")}
+
+
+def test_many_rows(llama16, tmp_path):
+    """More rows than are unpacked at a time, and no multiple of them."""
+    from tiny_runs import make_model
+
+    base = make_model(tmp_path / "16", intermediate_size=200)
+    for make in (make_awq, make_compressed):
+        folder, dense = make(base, tmp_path / make.__name__)
+        loaded = load_model(str(folder), "cpu", "fp32")
+        name = "model.layers.0.mlp.up_proj"
+        assert torch.equal(loaded.layers[name].weight(torch.float32), dense[f"{name}.weight"])
+
+
+def test_every_format_answers():
+    """What formats.py asks of a module is there, and no two write under one name."""
+    names = [name for layout in FORMATS.values() for name in layout.VERSIONS]
+    assert len(set(names)) == len(names) and "hf" not in names
+    functions = ("read_config", "shape", "read_layer", "stored_scales", "scale_dtype", "written", "documents")
+    for layout in FORMATS.values():
+        assert all(callable(getattr(layout, function)) for function in functions)
+        assert layout.CODES in layout.PARTS and layout.SCALES in layout.PARTS
+
+
+def test_the_command_line_names_every_format():
+    from qzo.cli import EXPORTS
+
+    assert set(EXPORTS) == {name for layout in FORMATS.values() for name in layout.VERSIONS} | {"hf", "peft"}
+
+
+def test_other_spellings_of_awq(llama16, tmp_path):
+    folder, _ = make_awq(llama16, tmp_path / "model")
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"] = {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True}
+    (folder / "config.json").write_text(json.dumps(document))
+    config = read_config(Folder(folder))
+    assert (config.bits, config.group_size, config.sym) == (4, 32, False) and format_of(config) is FORMATS["awq"]
+
+
+def test_gptq_says_no_to_the_others(llama16, tmp_path):
+    from qzo.model import gptq_format
+
+    folder, _ = make_awq(llama16, tmp_path / "model")
+    with pytest.raises(BadInput, match="format 'awq'"):
+        gptq_format.read_config(Folder(folder))

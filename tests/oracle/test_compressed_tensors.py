@@ -1,0 +1,126 @@
+"""compressed-tensors itself as writer, and transformers' loading of its folders as reader, on a CPU."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from round_trip import exports_hf, logits, our_logits, tensors_of, tune_and_export, untouched
+from tiny_runs import make_model
+from transformers import AutoModelForCausalLM
+from transformers.utils import import_utils
+from wheels import install
+
+from qzo.model.load import load_model
+
+PIP = ("compressed-tensors==0.20.0", "loguru==0.7.3", "psutil")
+# bits, strategy, group size, symmetric, dtype of the model and its scales
+CASES = {
+    "4 groups sym": (4, "group", 32, True, torch.float16),
+    "4 groups asym": (4, "group", 16, False, torch.bfloat16),
+    "4 channel asym": (4, "channel", None, False, torch.float16),
+    "8 groups asym": (8, "group", 32, False, torch.float16),
+    "8 channel sym": (8, "channel", None, True, torch.bfloat16),
+}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library(pytestconfig, tmp_path_factory):
+    folder = str(install(pytestconfig, tmp_path_factory, "compressed-tensors-0.20.0", "compressed_tensors/version.py", *PIP))
+    sys.path.append(folder)
+    import_utils.is_compressed_tensors_available.cache_clear()
+    import compressed_tensors
+
+    yield compressed_tensors
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """case -> a folder as compressed-tensors saves it."""
+    base, folders = make_model(tmp_path_factory.mktemp("ct16") / "model", intermediate_size=96), {}
+
+    def make(case):
+        if case not in folders:
+            folders[case] = tmp_path_factory.mktemp("ct") / "model"
+            write(base, folders[case], *CASES[case])
+        return folders[case]
+
+    return make
+
+
+def write(base, out, bits, strategy, size, sym, dtype):
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    weights = QuantizationArgs(num_bits=bits, strategy=strategy, group_size=size, symmetric=sym)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized"))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            rows, cols = module.weight.shape
+            groups = module.weight.data.float().view(rows, -1, size or cols)
+            scales, zeros = calculate_qparams(groups.amin(2), groups.amax(2), weights)
+            module.weight_scale.data = scales.to(dtype)
+            if not sym:
+                module.weight_zero_point.data = zeros.to(module.weight_zero_point.dtype)
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(out)
+    compressor.update_config(out)
+    for path in base.glob("tokenizer*"):
+        shutil.copy(path, out)
+
+
+def their_logits(folder, dtype, dequantize=True):
+    """Through transformers and compressed-tensors; dequantize: weights are unpacked as they are read."""
+    from transformers import CompressedTensorsConfig
+
+    # Without it, transformers 5.23 takes no packed zero points.
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reads_what_the_library_writes(case, made):
+    folder, (bits, strategy, size, sym, dtype) = made(case), CASES[case]
+    ours = our_logits(folder, NAMES[dtype])
+    assert torch.equal(ours, their_logits(folder, dtype))
+    loaded = load_model(str(folder), "cpu", "fp32")
+    assert len(loaded.layers) == 7 and loaded.config.group_size == (size or -1)
+    assert all((layer.zeros is None) == sym and layer.bits == bits for layer in loaded.layers.values())
+    if sym:
+        assert torch.equal(logits(loaded.model), their_logits(folder, torch.float32, dequantize=False))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_library_reads_what_export_writes(case, made, sentiment, tmp_path, capsys):
+    base, dtype = made(case), CASES[case][-1]
+    out = tune_and_export(base, sentiment, tmp_path, capsys)
+    theirs = their_logits(out, dtype)
+    assert torch.equal(our_logits(out, NAMES[dtype]), theirs)
+    assert not torch.equal(our_logits(base, NAMES[dtype]), theirs)
+    untouched(base, tmp_path)
+    exports_hf(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows, cols", [(40, 100), (33, 64)])
+def test_unpacks_the_library_s_words(rows, cols, bits):
+    """Sizes that fill no word: the library's packing along both axes, its offset, against ours."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from qzo_kernels.pack import unpack_codes
+
+    torch.manual_seed(bits)
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, (rows, cols), dtype=torch.int8)
+    assert torch.equal(unpack_codes(pack_to_int32(codes, bits), bits, cols).int() - half, codes.int())
+    zeros = pack_to_int32(codes, bits, packed_dim=0)
+    assert torch.equal(unpack_codes(zeros.t().contiguous(), bits, rows).t().int() - half, codes.int())
+
+
+def test_what_is_left_out_stays_dense(made):
+    assert "lm_head.weight" in tensors_of(made("4 groups sym"))

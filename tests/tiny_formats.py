@@ -1,0 +1,79 @@
+"""AWQ and compressed-tensors folders with random codes, packed here field by field as the two layouts are published."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+Dense = dict[str, torch.Tensor]
+
+
+def pack(values: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Whole numbers [R, C] -> int32 [R, ceil(C·bits/32)]; field i of a word holds column order[i] of the word's."""
+    per = 32 // bits
+    order = order or tuple(range(per))
+    rows, cols = values.shape
+    words = torch.zeros(rows, -(-cols // per), dtype=torch.int64)
+    for field, column in enumerate(order):
+        part = values[:, column::per].long() << (bits * field)
+        words[:, : part.shape[1]] |= part
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def random_linear(shape: torch.Size, bits: int, size: int, sym: bool, g_idx: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """codes [N, K], zeros [N, G], scales [N, G] in fp16, and the weight in fp32."""
+    rows, groups = shape[0], -(-shape[1] // size)
+    codes = torch.randint(0, 1 << bits, shape)
+    zeros = torch.full((rows, groups), 1 << (bits - 1)) if sym else torch.randint(0, 1 << bits, (rows, groups))
+    scales = ((1 + torch.rand(rows, groups)) / (1 << bits)).half()
+    return codes, zeros, scales, scales.float()[:, g_idx] * (codes - zeros[:, g_idx])
+
+
+def _write(base: Path, out: Path, config: dict, make) -> tuple[Path, Dense]:
+    """make(name, shape) -> (tensors to store, weight) of a Linear. Returns the folder and the weights of the same model in fp32."""
+    shutil.copytree(base, out)
+    stored, dense = {}, {}
+    torch.manual_seed(7)
+    for name, value in load_file(base / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            module = name.removesuffix(".weight")
+            parts, dense[name] = make(module, value.shape)
+            stored.update({f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()})
+        else:
+            stored[name], dense[name] = value, value.float()
+    save_file(stored, out / "model.safetensors")
+    document = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**document, "quantization_config": config}))
+    return out, dense
+
+
+def make_awq(base: Path, out: Path, size: int = 32, sym: bool = False) -> tuple[Path, Dense]:
+    def make(module, shape):
+        whole = shape[1] if size == -1 else size
+        codes, zeros, scales, weight = random_linear(shape, 4, whole, sym, torch.arange(shape[1]) // whole)
+        return {"qweight": pack(codes.t(), 4, AWQ_ORDER), "qzeros": pack(zeros.t(), 4, AWQ_ORDER), "scales": scales.t()}, weight
+
+    config = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": size, "zero_point": not sym}
+    return _write(base, out, {**config, "modules_to_not_convert": None}, make)
+
+
+def make_compressed(base: Path, out: Path, bits: int = 4, size: int = 32, sym: bool = False, order: bool = False) -> tuple[Path, Dense]:
+    def make(module, shape):
+        whole = shape[1] if size == -1 else size
+        g_idx = torch.arange(shape[1]) // whole
+        g_idx = g_idx[torch.randperm(shape[1])] if order else g_idx
+        codes, zeros, scales, weight = random_linear(shape, bits, whole, sym, g_idx)
+        parts = {"weight_packed": pack(codes, bits), "weight_scale": scales, "weight_shape": torch.tensor(shape)}
+        if not sym:
+            parts["weight_zero_point"] = pack(zeros.t(), bits).t()
+        return parts | ({"weight_g_idx": g_idx.int()} if order else {}), weight
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
+    weights |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+    weights |= {"actorder": "group"} if order else {}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    return _write(base, out, config, make)
