@@ -32,13 +32,13 @@ def random_linear(shape: torch.Size, bits: int, size: int, sym: bool, g_idx: tor
     return codes, zeros, scales, scales.float()[:, g_idx] * (codes - zeros[:, g_idx])
 
 
-def _write(base: Path, out: Path, config: dict, make) -> tuple[Path, Dense]:
+def _write(base: Path, out: Path, config: dict, make, dense_part: str = "") -> tuple[Path, Dense]:
     """make(name, shape) -> (tensors to store, weight) of a Linear. Returns the folder and the weights of the same model in fp32."""
     shutil.copytree(base, out)
     stored, dense = {}, {}
     torch.manual_seed(7)
     for name, value in load_file(base / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
+        if name.endswith("_proj.weight") and not (dense_part and dense_part in name):
             module = name.removesuffix(".weight")
             parts, dense[name] = make(module, value.shape)
             stored.update({f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()})
@@ -50,14 +50,14 @@ def _write(base: Path, out: Path, config: dict, make) -> tuple[Path, Dense]:
     return out, dense
 
 
-def make_awq(base: Path, out: Path, size: int = 32, sym: bool = False) -> tuple[Path, Dense]:
+def make_awq(base: Path, out: Path, size: int = 32, sym: bool = False, but: str = "") -> tuple[Path, Dense]:
     def make(module, shape):
         whole = shape[1] if size == -1 else size
         codes, zeros, scales, weight = random_linear(shape, 4, whole, sym, torch.arange(shape[1]) // whole)
         return {"qweight": pack(codes.t(), 4, AWQ_ORDER), "qzeros": pack(zeros.t(), 4, AWQ_ORDER), "scales": scales.t()}, weight
 
     config = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": size, "zero_point": not sym}
-    return _write(base, out, {**config, "modules_to_not_convert": None}, make)
+    return _write(base, out, {**config, "modules_to_not_convert": [but] if but else None}, make, but)
 
 
 def make_compressed(base: Path, out: Path, bits: int = 4, size: int = 32, sym: bool = False, order: bool = False) -> tuple[Path, Dense]:

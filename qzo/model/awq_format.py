@@ -44,7 +44,7 @@ def read_config(folder: Folder) -> AwqConfig | None:
         return None
     raw, where = found
     raw = {_SYNONYMS.get(key, key): value for key, value in raw.items()}
-    layout = raw.get("version") or raw.get("format") or "gemm"
+    layout = raw.get("version") or raw.get("format") or raw.get("checkpoint_format") or "gemm"
     if str(layout).lower() != "gemm":
         raise BadInput(where, f"AWQ in the layout {layout!r}", "gemm", "Quantize with version gemm, or convert it with autoawq.")
     check_bits(where, raw.get("bits"), (4,), "4, the only width of AWQ gemm")
@@ -105,5 +105,5 @@ def written(folder: Folder, name: str, part: str, config: AwqConfig, version: st
 
 def documents(folder: Folder, config: AwqConfig, version: str) -> tuple[dict, dict[str, dict]]:
     """(quantization_config of an export, further JSON files by name)."""
-    raw, where = raw_config(folder)
-    return raw, {"quantize_config.json": raw} if where.endswith("/quantize_config.json") else {}
+    beside = "quantize_config.json"
+    return raw_config(folder)[0], {beside: folder.read_json(beside)} if (folder.path / beside).exists() else {}

@@ -59,6 +59,9 @@ def read_config(folder: Folder) -> CompressedConfig | None:
     for key in ("kv_cache_scheme", "transform_config"):
         if raw.get(key):
             raise BadInput(where, f"{key}: a model that computes in another way", "none")
+    sparsity = raw.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise BadInput(where, "sparsity_config: weights that are packed as sparse", "none")
     if group.get("targets") != ["Linear"]:
         raise BadInput(where, f"targets {group.get('targets')!r}", "['Linear']", "Leave modules out by `ignore`.")
     return _weights(group.get("weights"), f"{where}, weights")

@@ -43,15 +43,15 @@ def quantization(**keys):
     return change
 
 
-def compressed(layout="pack-quantized", groups=None, kv_cache_scheme=None, **keys):
+def compressed(layout="pack-quantized", groups=None, sparse=None, **keys):
     """A compressed-tensors config: `keys` of its group, or else of the group's weights."""
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "input_activations": None, "weights": weights}
     for key, value in keys.items():
         (group if key in group else weights)[key] = value
     groups = {"group_0": group} if groups is None else groups
-    method = {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "kv_cache_scheme": kv_cache_scheme}
-    return config(quantization_config=method)
+    method = {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "sparsity_config": sparse}
+    return config(quantization_config={**method, "kv_cache_scheme": keys.get("kv_cache_scheme")})
 
 
 def write(name, text):
@@ -130,11 +130,12 @@ CASES = {
     "bitsandbytes": (quantization(quant_method="bitsandbytes", load_in_4bit=True), ["format 'bitsandbytes'"]),
     "method a number": (quantization(quant_method=4), ["format 4; expected one of gptq"]),
     "method a list": (quantization(quant_method=["gptq"]), ["format ['gptq']; expected one of gptq"]),
-    "awq of a gptq file": (quantization(quant_method="awq"), [f"{Q}.qweight: shape [8, 64]; expected [64, 8]"]),
+    "awq of a gptq file": (quantization(quant_method="awq"), ["AWQ in the layout 'gptq'; expected gemm"]),
+    "awq without a layout": (quantization(quant_method="awq", checkpoint_format=None), [f"{Q}.qweight: shape [8, 64]; expected [64, 8]"]),
     "awq gemv": (quantization(quant_method="awq", version="gemv"), ["AWQ in the layout 'gemv'; expected gemm", "version gemm"]),
     "awq marlin": (quantization(quant_method="awq", version="marlin"), ["AWQ in the layout 'marlin'; expected gemm"]),
-    "awq 8 bits": (quantization(quant_method="awq", bits=8), ["bits 8; expected 4, the only width of AWQ gemm"]),
-    "awq no group size": (quantization(quant_method="awq", group_size=None), ["group_size None; expected a positive"]),
+    "awq 8 bits": (quantization(quant_method="awq", checkpoint_format=None, bits=8), ["bits 8; expected 4, the only width of AWQ gemm"]),
+    "awq no group size": (quantization(quant_method="awq", checkpoint_format=None, group_size=None), ["group_size None; expected a positive"]),
     "compressed of a gptq file": (compressed(), ["a quantization config and no quantized tensor; expected weight_packed"]),
     "compressed fp8": (compressed(layout="float-quantized"), ["compressed-tensors in the layout 'float-quantized'; expected pack-quantized"]),
     "compressed no groups": (compressed(groups={}), ["config_groups []; expected one group"]),
@@ -148,6 +149,7 @@ CASES = {
     "compressed block": (compressed(strategy="block"), ["strategy 'block'; expected group or channel"]),
     "compressed dynamic": (compressed(dynamic=True), ["dynamic True; expected false"]),
     "compressed no size": (compressed(group_size=None), ["group_size None; expected a positive"]),
+    "compressed sparse": (compressed(sparse={"format": "sparse-24-bitmask"}), ["sparsity_config: weights that are packed as sparse"]),
     "compressed kv cache": (compressed(kv_cache_scheme={"num_bits": 8}), ["kv_cache_scheme: a model that computes in another way"]),
     "marlin": (quantization(checkpoint_format="marlin"), ["format 'marlin'"]),
     "marlin flag": (quantization(is_marlin_format=True), ["format 'marlin'"]),

@@ -93,8 +93,18 @@ def test_other_spellings_of_awq(llama16, tmp_path):
     document = json.loads((folder / "config.json").read_text())
     document["quantization_config"] = {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True}
     (folder / "config.json").write_text(json.dumps(document))
+    (folder / "quantize_config.json").write_text('{"by": "another tool"}')
     config = read_config(Folder(folder))
+    assert FORMATS["awq"].documents(Folder(folder), config, "awq") == (document["quantization_config"], {"quantize_config.json": {"by": "another tool"}})
     assert (config.bits, config.group_size, config.sym) == (4, 32, False) and format_of(config) is FORMATS["awq"]
+
+
+def test_modules_that_are_not_converted(llama16, tmp_path):
+    folder, dense = make_awq(llama16, tmp_path / "model", but="q_proj")
+    loaded = load_model(str(folder), "cpu", "fp32")
+    assert len(loaded.layers) == 6 and torch.equal(
+        loaded.model.get_submodule("model.layers.0.self_attn.q_proj").weight, dense["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 def test_gptq_says_no_to_the_others(llama16, tmp_path):

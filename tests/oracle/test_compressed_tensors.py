@@ -1,13 +1,18 @@
 """compressed-tensors itself as writer, and transformers' loading of its folders as reader, on a CPU."""
 
+import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from round_trip import exports_hf, logits, our_logits, tensors_of, tune_and_export, untouched
+from safetensors.torch import load_file
 from tiny_runs import make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import import_utils
 from wheels import install
 
@@ -124,3 +129,40 @@ def test_unpacks_the_library_s_words(rows, cols, bits):
 
 def test_what_is_left_out_stays_dense(made):
     assert "lm_head.weight" in tensors_of(made("4 groups sym"))
+
+
+@pytest.fixture(scope="module")
+def older(pytestconfig, tmp_path_factory):
+    """older(verb, *paths) runs reordered.py."""
+    folder = install(pytestconfig, tmp_path_factory, "compressed-tensors-0.9.4", "compressed_tensors/version.py", "compressed-tensors==0.9.4")
+
+    def run(*arguments):
+        command = [sys.executable, str(Path(__file__).with_name("reordered.py")), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)})
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+def test_activation_order(older, sentiment, tmp_path, capsys):
+    """weight_g_idx, which the library wrote until 2026: the older one packs the base and unpacks the export."""
+    base = make_model(tmp_path / "model", intermediate_size=96)
+    plain = AutoConfig.from_pretrained(base)
+    older("compress", base)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": "group"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    document = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**document, "quantization_config": how}))
+    out = tune_and_export(base, sentiment, tmp_path, capsys)
+    for folder in (base, out):
+        older("decompress", folder, tmp_path / "unpacked.safetensors")
+        unpacked, loaded = load_file(tmp_path / "unpacked.safetensors"), load_model(str(folder), "cpu", "fp16")
+        assert len(loaded.layers) == 7
+        for name, layer in loaded.layers.items():
+            assert layer.perm is not None and torch.equal(layer.weight(torch.float16), unpacked[f"{name}.weight"])
+        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float16).eval()
+        model.load_state_dict(unpacked)
+        # Columns in another order are summed in another order.
+        torch.testing.assert_close(our_logits(folder, "fp16"), logits(model), rtol=0, atol=0.03)
+    exports_hf(tmp_path)
