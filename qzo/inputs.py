@@ -31,8 +31,8 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, GptqConfig]:
 def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
     """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
     task = task_of(recipe)
-    train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples)
+    train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples, recipe.streaming)
     encoded, truncated = encode_examples(train, tokenizer, max_length)
     if truncated:
         print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={max_length})", file=sys.stderr)
-    return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples), task
+    return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples, recipe.streaming), task

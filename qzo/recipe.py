@@ -58,6 +58,7 @@ class Recipe(BaseModel):
     eval_split: _Text = Field("validation", description="split to evaluate on")
     train_examples: _Count | None = Field(1000, description="examples to tune on; null: all")
     eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
+    streaming: bool = Field(False, description="train_examples are the first of the split, and nothing behind them is read")
     max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
     method: Literal["qzo"] = Field("qzo", description="what moves: qzo tunes the scales")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
@@ -140,8 +141,12 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change."""
-    lines = []
+    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change.
+
+    A key that is younger than the old recipe has its default there.
+    """
+    lines, fields = [], Recipe.model_fields
+    old = old | {key: fields[key].default for key in new if key in fields and key not in old and not fields[key].is_required()}
     for key in {**old, **new}:
         same = key in old and key in new and old[key] == new[key]
         if not same and key not in _FREE_KEYS + PIECES:
@@ -247,6 +252,8 @@ def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))
+    if values.get("streaming") and values.get("train_examples", 1) is None:
+        problems.append(("train_examples", "null", "a number, because streaming is true"))
     return problems
 
 

@@ -3,10 +3,11 @@
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from qzo.data import templates
-from qzo.data.permutation import permutation
+from qzo.data.permutation import beginning
 from qzo.data.records import read_records
 from qzo.data.templates import RecordError, compile_template, text
 from qzo.errors import BadInput
@@ -62,23 +63,28 @@ def get_task(
     return Task(name, name in _GENERATION, _BUILT_IN[name])
 
 
-def load_examples(task: Task, data: str | Path, split: str, limit: int | None = None) -> list[Example]:
+def load_examples(
+    task: Task, data: str | Path, split: str, limit: int | None = None, streaming: bool = False
+) -> list[Example]:
     """The examples of a split of `data` (a folder, a .jsonl file or a hub id: see read_records).
 
-    limit: of the split "train", the first `limit` of one fixed random order, the same for every seed; of any other
-    split, the first `limit` of the file. BadInput names file and line of a record that the task cannot use.
+    limit: of the split "train", the first `limit` of one fixed random order, a function of nothing but the number of
+    records; of any other split, and where `streaming`, the first `limit` of the file, and nothing behind them is read.
+    Memory is for `limit` records, whatever the file has. BadInput names file and line of a record that the task cannot use.
     """
-    records = read_records(data, split)
-    if limit is not None and limit < len(records):
-        chosen = permutation(0, 0, len(records), "data/subset")[:limit] if split == "train" else range(limit)
-        records = [records[index] for index in chosen]
+    drawn = limit is not None and split == "train" and not streaming
+    choose = partial(_subset, limit) if drawn else None
     examples = []
-    for where, record in records:
+    for where, record in read_records(data, split, None if drawn else limit, choose, streaming):
         try:
             examples.append(replace(task.make(record), source=where))
         except RecordError as error:
             raise BadInput(f"{where} (task {task.name})", error.given, error.expected) from None
     return examples
+
+
+def _subset(limit: int, n: int) -> Sequence[int]:
+    return beginning(0, 0, n, "data/subset", limit) if limit < n else range(n)
 
 
 def _index(record: dict, options: Sequence[str], name: str = "label") -> int:
