@@ -18,6 +18,7 @@ from qzo.data.answers import exact_match, f1
 from qzo.data.batches import collate
 from qzo.data.encode import Encoded, Option, encode_examples, encode_prompts, leading_ids, padding_id
 from qzo.data.loss import option_scores, per_example_loss
+from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task
 from qzo.errors import BadInput
 
@@ -40,11 +41,12 @@ def evaluate_task(
 
     A task with options: "accuracy" (0 to 1; the highest score wins, the first of equals) and "loss" (nats, mean of
     per_example_loss). A generation task: "exact_match" and "f1" (0 to 1) of the first line that greedy decoding
-    writes in at most 50 tokens, prompt and answer together at most max_length tokens.
+    writes in at most 50 tokens, prompt and answer together at most max_length tokens. Chats: "loss" (nats, mean over
+    the assistant's tokens), its exponential "perplexity", and "tokens", their number.
     """
     if not examples:
         raise BadInput(f"task {task.name}", "no examples", "at least one")
-    run = _evaluate_generation if task.generation else _evaluate_options
+    run = _evaluate_chats if task.chat else _evaluate_generation if task.generation else _evaluate_options
     with _inference(model):
         return run(model, tokenizer, examples, max_length, batch_size, progress or (lambda done, total: None))
 
@@ -78,10 +80,12 @@ def perplexity(
         for start in range(0, len(encoded), _WINDOWS_PER_BATCH):
             batch = collate(encoded[start : start + _WINDOWS_PER_BATCH], padding_id(tokenizer)).to(model.device)
             total += per_example_loss(model, batch).double().sum().item()
-    mean = total / len(windows)
+    return {"perplexity": _exp(total / len(windows)), "windows": len(windows), "tokens": len(windows) * (window - 1)}
+
+
+def _exp(loss: float) -> float:
     # A model that is broken enough overflows exp: infinity is the honest value.
-    value = math.exp(mean) if mean < 700 else math.inf
-    return {"perplexity": value, "windows": len(windows), "tokens": len(windows) * (window - 1)}
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @contextmanager
@@ -127,6 +131,28 @@ def _evaluate_options(
         "examples": len(encoded),
         "truncated": truncated,
     }
+
+
+def _evaluate_chats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int,
+    progress: Progress,
+) -> dict:
+    encoded, truncated = encode_chats(examples, tokenizer, max_length)
+    counts = torch.tensor([len(chat.options[0].tokens) for chat in encoded], dtype=torch.float64)
+    losses = torch.zeros(len(encoded), dtype=torch.float64)
+    done = 0
+    for indices in _batches([len(chat.rows[0]) for chat in encoded], batch_size):
+        batch = collate([encoded[index] for index in indices], padding_id(tokenizer)).to(model.device)
+        losses[indices] = per_example_loss(model, batch)[0].double().cpu()
+        done += len(indices)
+        progress(done, len(encoded))
+    tokens = int(counts.sum())
+    loss = ((losses * counts).sum() / tokens).item()
+    return {"loss": loss, "perplexity": _exp(loss), "tokens": tokens, "examples": len(encoded), "truncated": truncated}
 
 
 def _evaluate_generation(

@@ -3,6 +3,7 @@
 import sys
 
 from qzo.data.encode import Encoded, encode_examples
+from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task, get_task, load_examples
 from qzo.errors import BadInput
 from qzo.model.files import Folder
@@ -32,7 +33,8 @@ def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[
     """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
     task = task_of(recipe)
     train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples, recipe.streaming)
-    encoded, truncated = encode_examples(train, tokenizer, max_length)
+    encode = encode_chats if task.chat else encode_examples
+    encoded, truncated = encode(train, tokenizer, max_length)
     if truncated:
-        print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={max_length})", file=sys.stderr)
+        print(f"warning: {truncated} of {len(train)} {'chats' if task.chat else 'prompts'} lost their beginning (max_length={max_length})", file=sys.stderr)
     return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples, recipe.streaming), task

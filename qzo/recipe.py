@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: _Text = Field(description="model folder, hub id or builtin:NAME")
-    task: _Text = Field("jsonl", description="built-in task name, or jsonl for any prompt and answer data")
+    task: _Text = Field("jsonl", description="built-in task name, jsonl for any prompt and answer, or messages for chats")
     data: _Text = Field(description="folder of SPLIT.jsonl files, one .jsonl file, or a hub dataset id")
     prompt: _Text | None = Field(None, description="prompt template with {field} names (task jsonl)")
     choices: list[_Text] | None = Field(None, description="answers to choose from; may hold {field} names")

@@ -29,7 +29,7 @@ def results(folder: RunFolder) -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     """The result as a short Markdown table."""
     rows = [("", "before", "after")]
-    for key in (*SCORES, "loss"):
+    for key in (*SCORES, "loss", "perplexity"):
         if key in (figures["after"] or {}):
             rows.append((key.replace("_", " "), *(_shown(figures[when], key) for when in ("before", "after"))))
     rows.append(("peak memory", "", gigabytes(figures["peak_memory"])))
@@ -43,7 +43,7 @@ def _shown(scores: dict[str, Any] | None, key: str) -> str:
     if scores is None:  # metrics.jsonl was lost
         return "unknown"
     value = scores[key]
-    return "not finite" if value is None else f"{value:.4f}" if key == "loss" else f"{value:.1%}"
+    return "not finite" if value is None else f"{value:.4f}" if key in ("loss", "perplexity") else f"{value:.1%}"
 
 
 def _plot(folder: RunFolder, path: Path) -> None:
