@@ -60,6 +60,9 @@ class Recipe(BaseModel):
     eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
     streaming: bool = Field(False, description="train_examples are the first of the split, and nothing behind them is read")
     max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
+    objective: Literal["loss", "accuracy", "f1"] = Field(
+        "loss", description="what a step measures: the loss; minus the accuracy of the choices; minus the F1 of generated answers"
+    )
     method: Literal["qzo"] = Field("qzo", description="what moves: qzo tunes the scales")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
     eps_mode: Literal["relative", "absolute"] = Field("relative", description="s * (1 + eps z), or s + eps z")
@@ -249,11 +252,11 @@ def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
         dense = values.get("dense")
         fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
         problems.append(("offload", "codes with stacked: false", fix))
+    if values.get("streaming") and values.get("train_examples", 1) is None:
+        problems.append(("train_examples", "null", "a number, because streaming is true"))
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))
-    if values.get("streaming") and values.get("train_examples", 1) is None:
-        problems.append(("train_examples", "null", "a number, because streaming is true"))
     return problems
 
 

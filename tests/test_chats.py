@@ -122,6 +122,8 @@ def test_a_run_continues_and_notices_another_template(tuner, speaking):
     [
         (lambda model: (model / "chat_template.jinja").unlink(), {}, "tokenizer: no chat template"),
         (lambda model: None, {"prompt": "x"}, "task messages: prompt set"),
+        (lambda model: None, {"objective": "accuracy"}, "recipe, objective: accuracy, with task messages; expected a task with choices"),
+        (lambda model: None, {"objective": "f1"}, "recipe, objective: f1, with task messages; expected a task whose answer is generated"),
     ],
 )
 def test_refused(speaking, chats, tmp_path, capsys, change, keys, says):
