@@ -96,13 +96,14 @@ def _by_prefixes(messages: Messages, tokenizer: PreTrainedTokenizerBase, templat
             continue
         if i == 0:
             raise BadInput(where, f"the first message is the {ASSISTANT}'s", "another before it, for the tokenizer's template marks no turns")
-        before, through = render(messages[:i]), render(messages[: i + 1])
-        if not (through.startswith(before) and whole.startswith(through)):
-            given = f"the tokenizer's chat template renders message {i + 1} otherwise when others follow it, and marks no turns"
+        before, asked, through = render(messages[:i]), render(messages[:i], True), render(messages[: i + 1])
+        if not (through.startswith((before, asked)) and whole.startswith(through)):
+            given = f"the tokenizer's chat template renders the chat up to message {i + 1} otherwise when more follows, and marks no turns"
             do = f"Put {{% generation %}} … {{% endgeneration %}} around the {ASSISTANT}'s part of the template, or give chats of one turn."
             raise BadInput(where, given, "a template by which the beginning of a chat is the beginning of the text", do)
         # A generation prompt may go on with what the answer need not hold (<think>).
-        spans += [max(len(before), common_prefix(render(messages[:i], True), through)), len(through)]
+        known = common_prefix(asked, through)
+        spans += [max(len(before), known) if through.startswith(before) else known, len(through)]
     ids, *parts = token_ids([whole, *(whole[:end] for end in spans)], tokenizer)
     ends = [common_prefix(part, ids) for part in parts]
     turns = zip(ends[::2], ends[1::2], strict=True)

@@ -121,7 +121,7 @@ def test_fingerprints_see_the_places(speaking):
     [
         (None, CHAT, "tokenizer: no chat template; expected one chat template.*chat_template.jinja"),
         ({"a": PLAIN, "b": PLAIN}, CHAT, "tokenizer: several chat templates and none called default"),
-        (UNEVEN, CHAT, "f line 3: .*renders message 2 otherwise when others follow it.*generation"),
+        (UNEVEN, CHAT, "f line 3: .*renders the chat up to message 2 otherwise when more follows.*generation"),
         (PLAIN, CHAT[1:], "f line 3: the first message is the assistant's; expected another before it"),
         (REFUSING, CHAT, "f line 3: .*cannot render it .a system message must come first"),
         ("{{ messages[0].content.nothing.more }}", CHAT, "f line 3: .*cannot render it"),
@@ -135,10 +135,15 @@ def test_chats_that_cannot_be_used(speaking, template, messages, message):
         encode_chats([chat(*messages, source="f line 3")], speaking(template), 200)
 
 
-def test_an_uneven_template_serves_chats_of_one_turn(speaking):
+def test_uneven_templates_serve_chats_of_one_turn(speaking):
     tokenizer = speaking(UNEVEN.replace("{% if loop.last %}", "{% if loop.last and m.role == 'assistant' %}"))
     (one,), _ = encode_chats([chat(*CHAT[:2])], tokenizer, 200)
     assert said(tokenizer, one) == "<think></think>a dull film .<eos>\n"
+    closing = speaking(PLAIN.replace("{% endif %}", "{% else %}<end>{% endif %}"))
+    (one,), _ = encode_chats([chat(*CHAT[:2])], closing, 200)
+    assert said(closing, one) == "a dull film .<eos>\n<end>"
+    with pytest.raises(BadInput, match="up to message 2 otherwise"):
+        encode_chats([chat(*CHAT)], closing, 200)
 
 
 def test_records():
