@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: _Text = Field(description="model folder, hub id or builtin:NAME")
-    task: _Text = Field("jsonl", description="built-in task name, or jsonl for any prompt and answer data")
+    task: _Text = Field("jsonl", description="built-in task name, jsonl for any prompt and answer, or messages for chats")
     data: _Text = Field(description="folder of SPLIT.jsonl files, one .jsonl file, or a hub dataset id")
     prompt: _Text | None = Field(None, description="prompt template with {field} names (task jsonl)")
     choices: list[_Text] | None = Field(None, description="answers to choose from; may hold {field} names")
@@ -58,7 +58,11 @@ class Recipe(BaseModel):
     eval_split: _Text = Field("validation", description="split to evaluate on")
     train_examples: _Count | None = Field(1000, description="examples to tune on; null: all")
     eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
+    streaming: bool = Field(False, description="train_examples are the first of the split, and nothing behind them is read")
     max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
+    objective: Literal["loss", "accuracy", "f1"] = Field(
+        "loss", description="what a step measures: the loss; minus the accuracy of the choices; minus the F1 of generated answers"
+    )
     method: Literal["qzo"] = Field("qzo", description="what moves: qzo tunes the scales")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
     eps_mode: Literal["relative", "absolute"] = Field("relative", description="s * (1 + eps z), or s + eps z")
@@ -140,8 +144,12 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change."""
-    lines = []
+    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change.
+
+    A key that is younger than the old recipe has its default there.
+    """
+    lines, fields = [], Recipe.model_fields
+    old = old | {key: fields[key].default for key in new if key in fields and key not in old and not fields[key].is_required()}
     for key in {**old, **new}:
         same = key in old and key in new and old[key] == new[key]
         if not same and key not in _FREE_KEYS + PIECES:
@@ -244,6 +252,8 @@ def _cross_problems(values: dict[str, Any]) -> list[_Problem]:
         dense = values.get("dense")
         fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
         problems.append(("offload", "codes with stacked: false", fix))
+    if values.get("streaming") and values.get("train_examples", 1) is None:
+        problems.append(("train_examples", "null", "a number, because streaming is true"))
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, _show(values[key]), f"at most {bound}, which is {_show(values[bound])}"))

@@ -18,7 +18,8 @@ from qzo import memory
 from qzo.checkpoint import newest_snapshot, state_hash, write_snapshot
 from qzo.data.batches import Batch, batch_indices, bucket, collate
 from qzo.data.encode import Encoded, fingerprint, padding_id
-from qzo.data.loss import per_example_loss
+from qzo.data.generation import Questions, per_example_f1
+from qzo.data.loss import per_example_error, per_example_loss
 from qzo.disk import disk_error
 from qzo.errors import BadInput, Interrupted, OutOfMemory, RunFailed
 from qzo.evaluate import evaluate_task
@@ -82,7 +83,7 @@ class Tuner:
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
         self.plain = is_plain(self.loaded.model, bucket(self.max_length))
-        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain, self.loaded.rest)
+        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain and recipe.objective != "f1", self.loaded.rest)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row
@@ -145,20 +146,29 @@ class Tuner:
     def _examples(self, step: int) -> list[Encoded]:
         return [self.train[i] for i in batch_indices(self.recipe.seed, step, self.recipe.batch_size, len(self.train))]
 
-    def _batch(self, step: int) -> list[Batch]:
+    def _batch(self, step: int) -> list[Batch] | list[Questions]:
         """The step's micro-batches on the device."""
         examples, pad = self._examples(step), padding_id(self.tokenizer)
         parts = [examples[start : start + self.fit.micro] for start in range(0, len(examples), self.fit.micro)]
+        if self.recipe.objective == "f1":
+            return [Questions(tuple(part)) for part in parts]
         batches = [collate(part, pad).rounded() for part in parts]
         if (host := self.loaded.embedding) and self.plain:
             batches = [replace(batch, embedded=host.rows(batch.input_ids)) for batch in batches]
         return [batch.to(self.loaded.device) for batch in batches]
 
-    def _losses(self, batches: Sequence[Batch], variants: int = 1) -> torch.Tensor:
-        """The mean loss over the examples of a step's micro-batches, fp32 [variants]."""
+    def _measured(self, batch: Batch | Questions, variants: int) -> torch.Tensor:
+        """The recipe's objective, to be lowered, of every example [variants, B]."""
+        if isinstance(batch, Questions):
+            return per_example_f1(self.loaded.model, self.tokenizer, batch, variants)
+        measure = per_example_error if self.recipe.objective == "accuracy" else per_example_loss
+        return measure(self.loaded.model, batch, variants)
+
+    def _losses(self, batches: Sequence[Batch | Questions], variants: int = 1) -> torch.Tensor:
+        """The mean objective over the examples of a step's micro-batches, fp32 [variants]."""
         total = torch.zeros(variants, device=self.loaded.device)
         for batch in batches:
-            total += per_example_loss(self.loaded.model, batch, variants).sum(1)
+            total += self._measured(batch, variants).sum(1).to(total.device)
         return total / sum(b.examples for b in batches)
 
     def launch(self) -> None:
