@@ -51,7 +51,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.6g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.0e}"
+    return f"{value:.6g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.0e}"
 
 
 def line_chart(

@@ -1,11 +1,14 @@
 """report.html: a run on one page that needs no other file and no network; it reads well on a phone and in the dark."""
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from statistics import median
 from typing import Any
 
-from qzo.charts import Series, bar_chart, line_chart, moving_mean
+from qzo.charts import Points, Series, bar_chart, line_chart, moving_mean
+from qzo.zo.estimator import Clip
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #1c2430; --quiet: #5c6675; --rule: #dde1e7;
@@ -27,6 +30,7 @@ figcaption { font-weight: 600; margin-bottom: 4px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 14px; fill: var(--quiet); }
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
+.note { margin-top: 8px; }
 .grid { stroke: var(--rule); }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 polyline.faint { stroke: var(--faint); stroke-width: 1; } polyline.main { stroke: var(--main); }
@@ -41,6 +45,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--rule); }
 tr:last-child > * { border-bottom: 0; }
 td { overflow-wrap: anywhere; } th { font-weight: 600; white-space: nowrap; }
+.numbers th { white-space: normal; }
 .numbers td, .numbers thead th + th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 pre { margin: 4px 0 10px; padding: 8px 10px; overflow-x: auto; border-radius: 6px; background: var(--page); font-size: .85rem; }
 """
@@ -52,7 +57,7 @@ def page(
 ) -> str:  # fmt: skip
     """The page of a run in the folder `run`, from its metrics; phases: bytes by phase and part; score: what accuracy is called here."""
     title = f"{header['recipe_name']}, seed {header['seed']}"
-    recipe = "".join(_row(key, "" if value is None else value) for key, value in header["recipe"].items())
+    recipe = "".join(_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for key, value in header["recipe"].items())
     body = [
         f'<h1>{escape(title)}</h1><p class="quiet">{escape(header["base"]["model"])} on {escape(header["device"])}</p>',
         _tiles(figures, score),
@@ -122,12 +127,21 @@ def _curves(recipe: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], score
         drawn.append(line_chart(f"Validation {name}", "step", "share of the examples", [Series(name, "main", points, True)], False, (0, 1), True))
     clipped = _points([line for line in steps if line["clipped"]], "abs_d")
     bounds = [Series("|d|", "main" if len(size) < 200 else "faint", size)]
-    if recipe["clip"] is not None and size:
-        bounds.append(Series("clip", "second", [(size[0][0], recipe["clip"]), (size[-1][0], recipe["clip"])]))
+    bounds.append(Series("clip", "second", _clip(recipe, size)))
     bounds.append(Series(f"clipped ({len(clipped)} steps)", "second", clipped, dots=True, line=False))
     drawn.append(line_chart("Projected gradient |d|", "step", "logarithmic", bounds, log=True))
     drawn.append(line_chart("Learning rate", "step", "of the first group", [Series("lr", "main", _points(steps, "lr"))]))
     return drawn
+
+
+def _clip(recipe: Mapping[str, Any], size: Points) -> list[tuple[float, float]]:
+    """The bound on |d| by step. Of several directions only the mean |d| is known here, and no median."""
+    if recipe["clip"] is not None:
+        return [(step, recipe["clip"]) for step, _ in size[:1] + size[-1:]]
+    if recipe["clip_median"] is None or recipe["directions"] > 1:
+        return []
+    recent = [[value for _, value in size[max(0, i - Clip.WINDOW) : i]] for i in range(len(size))]
+    return [(step, recipe["clip_median"] * median(known)) for (step, _), known in zip(size, recent, strict=True) if len(known) >= Clip.WARMUP]
 
 
 def _memory(lines: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], phases: Mapping[str, Mapping[str, int]], device: str) -> str:
@@ -135,16 +149,21 @@ def _memory(lines: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], phas
     peak, largest = figures["peak_memory"], max([figures["peak_memory"], *totals.values()])
     bars = [(phase, total, _size(total, largest)) for phase, total in totals.items()]
     chart = bar_chart("Estimate by phase, and the measured peak", bars, (peak, f"measured {_size(peak, largest)}"))
+    unit, scale, digits = ("GB", 1e9, 2) if largest >= 1e9 else ("MB", 1e6, 1)
+
+    def cells(sizes: Iterable[int]) -> str:
+        return "".join(f"<td>{size / scale:.{digits}f}</td>" for size in sizes)
+
     names = dict.fromkeys(part for parts in phases.values() for part, size in parts.items() if size)
-    rows = [f"<tr><th>{escape(n)}</th>{''.join(f'<td>{_size(parts.get(n, 0), largest)}</td>' for parts in phases.values())}</tr>" for n in names]
-    rows.append(f"<tr><th>together</th>{''.join(f'<td>{_size(total, largest)}</td>' for total in totals.values())}</tr>")
+    rows = [f"<tr><th>{escape(n)}</th>{cells(parts.get(n, 0) for parts in phases.values())}</tr>" for n in names]
+    rows.append(f"<tr><th>together</th>{cells(totals.values())}</tr>")
     heads = "".join(f"<th>{escape(phase)}</th>" for phase in phases)
     seen = [(line["after"], line["peak_memory"]) for line in lines if "evaluation" in line]
     reached = "; ".join(f"{_size(most, largest)} after the evaluation at step {after}" for after, most in (seen[:1] + seen[-1:] if seen[1:] else seen))
     host = " On a CPU it is all that the process ever held, Python and its libraries too, which the estimate leaves out." if "CPU" in device else ""
     return (
-        f'<div class="charts">{chart}<div class="scroll numbers"><table><thead><tr><th>estimate</th>{heads}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div></div><p class="quiet">Measured: {escape(reached or "nothing")}.{host}</p>'
+        f'<div class="charts">{chart}<div class="scroll numbers"><table><thead><tr><th>estimate, {unit}</th>{heads}</tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table></div></div><p class="quiet note">Measured: {escape(reached or "nothing")}.{host}</p>'
     )
 
 
@@ -158,7 +177,7 @@ def _facts(header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], figure
         "tuned": ", ".join(f"{len(group['tensors'])} {group['name']} tensors" for group in header["groups"]),
         "SHA-256 of the tuned state": figures["state_sha256"], "SHA-256 of the base": header["base"]["sha256"],
         "SHA-256 of the examples": header["data_sha256"],
-        "device": f"{header['device']}, {header['dtype'].removeprefix('torch.')}, {header['threads']} threads, {header['micro_batch']} examples at a time",
+        "device": f"{header['device']}, {header['dtype'].removeprefix('torch.')}, threads {header['threads']}, {header['micro_batch']} examples at a time",
         "versions": ", ".join(f"{name} {value}" for name, value in header["versions"].items()),
         "noise": f"version {noise['version']}, {noise['distribution']}: the journal replays bit for bit {noise['bit_exact']}",
     }.items())  # fmt: skip

@@ -5,7 +5,6 @@ on; it then gets what it lacks. tracker.json in the run's folder says, by tool, 
 come: it is written before the points are, so that a run that was killed shows none twice.
 """
 
-import importlib.util
 import json
 import os
 import queue
@@ -14,6 +13,7 @@ import threading
 import time
 import uuid
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -138,7 +138,7 @@ TOOLS: dict[str, type[Tool]] = dict(zip(EXTRAS, (TensorBoard, WeightsAndBiases, 
 
 def check_tracker(kind: str) -> None:
     """Raises BadInput for a tool that is not installed."""
-    if kind != "none" and importlib.util.find_spec(kind) is None:
+    if kind != "none" and find_spec(kind) is None:
         raise BadInput("track", kind, f"the package {kind}, which is not installed", f"pip install 'qzo[{kind}]', or track=none.")
 
 
@@ -162,6 +162,7 @@ class Tracker:
     def start(self, metrics: str | Path) -> Self:
         """Begin with what is in metrics.jsonl already and the tool does not have."""
         if self._kind != "none":
+            self._stdout = sys.stdout
             for line in read_metrics(metrics):
                 self._lines.put(line)
             self._thread.start()
@@ -179,6 +180,7 @@ class Tracker:
             self._lines.put(kind is None)
             self._thread.join(PATIENCE)
             if self._thread.is_alive():
+                sys.stdout = self._stdout
                 self._warn(f"not done after {PATIENCE:.0f} s")
 
     def _warn(self, reason: str) -> None:
@@ -187,16 +189,16 @@ class Tracker:
 
     def _work(self) -> None:
         try:
-            # stdout is for the result, and trackio prints.
-            with redirect_stdout(sys.stderr):
-                self._hand_over(TOOLS[self._kind]())
+            self._hand_over(TOOLS[self._kind]())
         except (Exception, SystemExit) as error:
             self._warn(str(error) or type(error).__name__)
 
     def _hand_over(self, tool: Tool) -> None:
         marks = json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
         mark = marks.setdefault(self._kind, {"id": None, "step": 0, "after": 0})
-        mark["id"] = tool.start(self._name, self._settings, self._folder, mark["id"])
+        # stdout is for the result, and trackio prints.
+        with redirect_stdout(sys.stderr):
+            mark["id"] = tool.start(self._name, self._settings, self._folder, mark["id"])
         self._write(marks)
         finished: bool | None = None
         while finished is None:
@@ -221,7 +223,8 @@ class Tracker:
                     mark.update(before)
                     self._write(marks)
                     raise
-        tool.close(finished)
+        with redirect_stdout(sys.stderr):
+            tool.close(finished)
 
     def _write(self, marks: dict[str, Any]) -> None:
         new = self._file.with_name("tracker.json.tmp")
