@@ -15,6 +15,7 @@ STYLE = """
   --main: #1a5fb4; --second: #b8500a; --faint: #a9b4c2; }
 @media (prefers-color-scheme: dark) { :root { --page: #12151a; --card: #1b2027; --text: #e4e8ee; --quiet: #9aa5b3; --rule: #343c47;
   --main: #78b4f5; --second: #f0a05a; --faint: #5d6a7a; } }
+@media (max-width: 480px) { body { padding: 8px !important; } figure, .scroll { padding: 8px !important; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 16px; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 8px 0 0; overflow-wrap: anywhere; }

@@ -184,7 +184,8 @@ class Tracker:
                 self._warn(f"not done after {PATIENCE:.0f} s")
 
     def _warn(self, reason: str) -> None:
-        print(f"warning: {self._kind}: {reason.strip().partition(chr(10))[0]}; the run does without it, and the same command "
+        line = "\n" if sys.stderr.isatty() else ""  # there, one line is rewritten
+        print(f"{line}warning: {self._kind}: {reason.strip().partition(chr(10))[0]}; the run does without it, and the same command "
               "sends it what is missing", file=sys.stderr)  # fmt: skip
 
     def _work(self) -> None:

@@ -230,10 +230,11 @@ class Tuner:
         with (
             StopSignals(str(self.folder.path), do) as stop, self._open() as journal,
             self._open_metrics(journal.records) as metrics,
+            Progress("tune", self.recipe.steps, self.optimizer.steps, every=0.0) as progress,
         ):  # fmt: skip
             try:
                 metrics.listeners.append(tracker.start(self.folder.metrics))
-                self._steps(journal, metrics, stop)
+                self._steps(journal, metrics, stop, progress)
             except Interrupted:
                 self.settle(journal, metrics)
                 self.snapshot(journal)
@@ -252,13 +253,13 @@ class Tuner:
         do = f"Lower it: {self.fit.advice() or 'max_length, with --restart'}."
         return OutOfMemory(str(self.folder.path), given, "", f"{do} The same command continues the run, also with another {' or '.join(PIECES)}.")
 
-    def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:
+    def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals, progress: Progress) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
         self.skipped = _skipped_tail(journal.records)
-        progress = Progress("tune", recipe.steps, self.optimizer.steps, every=0.0)
         metrics.listeners.append(Steps(progress, recipe.log_every, recipe.steps, self.counts.tokens))
         while (done := self.optimizer.steps) < recipe.steps:
             if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
+                progress.close()
                 self.evaluate(metrics, stop)
             self.launch()
             done += 1
