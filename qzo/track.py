@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -92,6 +92,9 @@ class Trackio:
     def start(self, name: str, settings: dict[str, Any], folder: Path, known: str | None) -> str:
         import trackio
 
+        # stdout is for the run's result. Redirected, it would be so for all threads, and for good where a call hangs.
+        for module in [module for at, module in sys.modules.items() if at.partition(".")[0] == "trackio"]:
+            module.print = partial(print, file=sys.stderr)
         known = known or f"{name}-{uuid.uuid4().hex[:6]}"
         self._run = trackio.init(PROJECT, known, config=settings, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
         return known
@@ -155,14 +158,13 @@ class Tracker:
 
     def __init__(self, kind: str, folder: Path, name: str, settings: dict[str, Any]):
         self._kind, self._folder, self._name, self._settings = kind, folder, name, settings
-        self._file = folder / "tracker.json"
+        self._file, self._left = folder / "tracker.json", False
         self._lines: queue.SimpleQueue[dict[str, Any] | bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
 
     def start(self, metrics: str | Path) -> Self:
         """Begin with what is in metrics.jsonl already and the tool does not have."""
         if self._kind != "none":
-            self._stdout = sys.stdout
             for line in read_metrics(metrics):
                 self._lines.put(line)
             self._thread.start()
@@ -180,10 +182,12 @@ class Tracker:
             self._lines.put(kind is None)
             self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                sys.stdout = self._stdout
                 self._warn(f"not done after {PATIENCE:.0f} s")
 
     def _warn(self, reason: str) -> None:
+        if self._left:
+            return
+        self._left = True
         line = "\n" if sys.stderr.isatty() else ""  # there, one line is rewritten
         print(f"{line}warning: {self._kind}: {reason.strip().partition(chr(10))[0]}; the run does without it, and the same command "
               "sends it what is missing", file=sys.stderr)  # fmt: skip
@@ -197,9 +201,7 @@ class Tracker:
     def _hand_over(self, tool: Tool) -> None:
         marks = json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
         mark = marks.setdefault(self._kind, {"id": None, "step": 0, "after": 0})
-        # stdout is for the result, and trackio prints.
-        with redirect_stdout(sys.stderr):
-            mark["id"] = tool.start(self._name, self._settings, self._folder, mark["id"])
+        mark["id"] = tool.start(self._name, self._settings, self._folder, mark["id"])
         self._write(marks)
         finished: bool | None = None
         while finished is None:
@@ -224,8 +226,7 @@ class Tracker:
                     mark.update(before)
                     self._write(marks)
                     raise
-        with redirect_stdout(sys.stderr):
-            tool.close(finished)
+        tool.close(finished)
 
     def _write(self, marks: dict[str, Any]) -> None:
         new = self._file.with_name("tracker.json.tmp")

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-import time
+import threading
 
 import pytest
 
@@ -154,14 +154,15 @@ def test_a_tool_that_comes_later(fake, recipe, tmp_path):
         assert points(notes(), "loss") == list(range(6)) and points(notes(), "evaluation/loss") == [0, 6]
 
 
-def failing(name, at=1, hang=0.0):
+def failing(name, at=1, wake=None):
     class Tool(TOOLS["trackio"]):
         calls = 0
 
     def fail(self, *args):
         Tool.calls += 1
         if Tool.calls == at:
-            time.sleep(hang)
+            if wake:
+                wake.wait()
             raise OSError("no route to host\nmore of it")
         return getattr(TOOLS["trackio"], name)(self, *args)
 
@@ -169,12 +170,12 @@ def failing(name, at=1, hang=0.0):
     return Tool
 
 
-@pytest.mark.parametrize("case", [("start",), ("log",), ("log", 2), ("close",), ("start", 1, 60.0), ("log", 1, 60.0)], ids=str)
+@pytest.mark.parametrize("case", [("start",), ("log",), ("log", 2), ("close",), ("start", 1, "hangs"), ("log", 1, "hangs")], ids=str)
 def test_a_tool_that_fails(case, fake, recipe, tmp_path, monkeypatch, capsys):
     """One warning, the same run, and the next command sends what is missing."""
-    notes = fake("trackio")
+    notes, wake = fake("trackio"), threading.Event() if len(case) == 3 else None
     with monkeypatch.context() as patch:
-        patch.setitem(TOOLS, "trackio", failing(*case))
+        patch.setitem(TOOLS, "trackio", failing(case[0], case[1] if case[1:] else 1, wake=wake))
         patch.setattr("qzo.track.PATIENCE", 0.3)
         assert main(["tune", recipe, "track=trackio"]) == 0
     out, err = capsys.readouterr()
@@ -182,7 +183,12 @@ def test_a_tool_that_fails(case, fake, recipe, tmp_path, monkeypatch, capsys):
     reason = "not done after 0 s" if len(case) == 3 else "no route to host"
     assert err.count("warning") == 1 and f"warning: trackio: {reason}; the run does without it" in err and "Traceback" not in err
     assert "more of it" not in err
-    if len(case) < 3:
+    if wake:
+        wake.set()
+        for thread in [thread for thread in threading.enumerate() if thread.name == "tracker"]:
+            thread.join()
+        assert capsys.readouterr().err == ""
+    else:
         assert main(["tune", recipe, "track=trackio"]) == 0
         assert points(notes(), "loss") == list(range(6)) and points(notes(), "evaluation/loss") == [0, 6]
 
