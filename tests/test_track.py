@@ -7,10 +7,11 @@ import sys
 import threading
 
 import pytest
+from children import Child
 
 from qzo.cli import main
 from qzo.metrics import read_metrics
-from qzo.track import EXTRAS, TOOLS, point
+from qzo.track import EXTRAS, TOOLS, Tracker, point
 from qzo.tune import Tuner
 
 NOTE = """
@@ -154,13 +155,44 @@ def test_a_tool_that_comes_later(fake, recipe, tmp_path):
         assert points(notes(), "loss") == list(range(6)) and points(notes(), "evaluation/loss") == [0, 6]
 
 
-def failing(name, at=1, wake=None):
+@pytest.mark.parametrize("moment", [("log", 1, False), ("log", 1, True), ("_write", 2, True), ("start", 1, False)], ids=str)
+def test_a_run_that_was_killed(moment, fake, recipe, tmp_path, monkeypatch):
+    """No point twice; lost are only those that were just being handed over."""
+    name, call, after = moment
+    notes = fake("trackio")
+
+    def kill():
+        where = Tracker if name == "_write" else TOOLS["trackio"]
+        real, calls = getattr(where, name), []
+
+        def killed(self, *args):
+            calls.append(args)
+            if len(calls) == call and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done = real(self, *args)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        setattr(where, name, killed)
+
+    code, text = Child("tune", recipe, "track=trackio", before=kill).wait()
+    assert code == -signal.SIGKILL, text
+    assert main(["tune", recipe, "track=trackio"]) == 0
+    for key, all_of_them in (("loss", list(range(6))), ("evaluation/loss", [0, 6])):
+        told = points(notes(), key)
+        assert told == sorted(set(told)) and set(told) <= set(all_of_them)
+        assert told == all_of_them or name != "start"
+
+
+def failing(name, wake):
+    """trackio, whose first call of that name fails; or hangs until `wake` is set, and then fails."""
     class Tool(TOOLS["trackio"]):
         calls = 0
 
     def fail(self, *args):
         Tool.calls += 1
-        if Tool.calls == at:
+        if Tool.calls == 1:
             if wake:
                 wake.wait()
             raise OSError("no route to host\nmore of it")
@@ -170,17 +202,17 @@ def failing(name, at=1, wake=None):
     return Tool
 
 
-@pytest.mark.parametrize("case", [("start",), ("log",), ("log", 2), ("close",), ("start", 1, "hangs"), ("log", 1, "hangs")], ids=str)
+@pytest.mark.parametrize("case", [("start",), ("log",), ("close",), ("start", "hangs"), ("log", "hangs")], ids=str)
 def test_a_tool_that_fails(case, fake, recipe, tmp_path, monkeypatch, capsys):
     """One warning, the same run, and the next command sends what is missing."""
-    notes, wake = fake("trackio"), threading.Event() if len(case) == 3 else None
+    notes, wake = fake("trackio"), threading.Event() if len(case) == 2 else None
     with monkeypatch.context() as patch:
-        patch.setitem(TOOLS, "trackio", failing(case[0], case[1] if case[1:] else 1, wake=wake))
+        patch.setitem(TOOLS, "trackio", failing(case[0], wake))
         patch.setattr("qzo.track.PATIENCE", 0.3)
         assert main(["tune", recipe, "track=trackio"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path}/run/report.md") and (tmp_path / "run" / "report.html").exists()
-    reason = "not done after 0 s" if len(case) == 3 else "no route to host"
+    reason = "not done after 0 s" if wake else "no route to host"
     assert err.count("warning") == 1 and f"warning: trackio: {reason}; the run does without it" in err and "Traceback" not in err
     assert "more of it" not in err
     if wake:
