@@ -16,7 +16,7 @@ from qzo.errors import BadInput
 
 # A run may be resumed with other values of these: they decide where and how often something is written or shown, or where
 # tensors are kept, and no bit of a loss or of the tuned weights. `steps` is not among them: the schedule depends on it.
-_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload")
+_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload", "track")
 # These decide in which pieces a step is measured: the same losses, but for rounding. A run that ran out of memory
 # may go on with smaller ones.
 PIECES = ("micro_batch", "stacked")
@@ -84,6 +84,7 @@ class Recipe(BaseModel):
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: _Count = Field(100, description="steps between snapshots")
     log_every: _Count = Field(10, description="steps between log lines")
+    track: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field("none", description="tool that shows the run as well")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
     device_memory: _Positive | None = Field(None, description="GB (10^9 bytes) of a GPU that the run may use; null: all that is free")

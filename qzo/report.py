@@ -1,4 +1,4 @@
-"""loss.png and report.md of a finished run, from its metrics and its journal's header."""
+"""loss.png, report.md and report.html of a finished run, from its metrics and its journal's header."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 from qzo.disk import disk_error
 from qzo.memory import gigabytes
 from qzo.metrics import read_metrics
+from qzo.report_html import page
 from qzo.run import RunFolder
 
 SCORES = ("accuracy", "exact_match", "f1")
@@ -76,14 +77,22 @@ def _plot(folder: RunFolder, path: Path, objective: str) -> None:
     plt.close(figure)
 
 
-def write_report(folder: RunFolder, header: dict[str, Any], command: str, state_sha256: str) -> dict[str, Any]:
-    """Write loss.png and report.md; returns `results` with the hash of the tuned tensors. RunFailed on a full disk."""
+def write_report(
+    folder: RunFolder, header: dict[str, Any], command: str, state_sha256: str, phases: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Write loss.png, report.md and report.html; returns `results` with the hash of the tuned tensors. RunFailed on a full disk.
+
+    phases: the estimate, bytes by phase and part.
+    """
     figures = {**results(folder), "state_sha256": state_sha256}
+    score = next((key for key in SCORES if key in (figures["after"] or {})), None)
+    html = page(str(folder.path), header, read_metrics(folder.metrics), figures, command, phases, score)
     try:
         _plot(folder, folder.path / "loss.png", header["recipe"].get("objective", "loss"))
         (folder.path / "report.md").write_text(_text(header, figures, command), encoding="utf-8")
+        (folder.path / "report.html").write_text(html, encoding="utf-8")
     except OSError as error:
-        raise disk_error(folder.path / "loss.png, report.md", error) from error
+        raise disk_error(folder.path / "loss.png, report.md, report.html", error) from error
     return figures
 
 

@@ -1,6 +1,6 @@
 """A run folder: what it holds, how a run is set up from its recipe, and its tuned tensors rebuilt from the journal.
 
-    recipe.yaml  journal.bin  snapshots/  metrics.jsonl  loss.png  report.md
+    recipe.yaml  journal.bin  snapshots/  metrics.jsonl  loss.png  report.md  report.html  (tracker.json)
 """
 
 import fcntl
@@ -31,7 +31,7 @@ from qzo.zo.targets.dense import Dense
 from qzo.zo.targets.scales import Scales
 
 REPLAY_CHUNK = 64
-OWN_FILES = ("recipe.yaml", "snapshots", "metrics.jsonl", "loss.png", "report.md")
+OWN_FILES = ("recipe.yaml", "snapshots", "metrics.jsonl", "loss.png", "report.md", "report.html", "tracker.json", "tensorboard")
 Progress = Callable[[int, int], None]
 
 

@@ -29,11 +29,12 @@ from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
 from qzo.model.load import LoadedModel, load_model, load_tokenizer
-from qzo.progress import Progress
+from qzo.progress import Progress, Steps
 from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
 from qzo.run import build_optimizer, build_targets, check_base, check_data, claim, device_name, keep_aside, make_header, replay
 from qzo.signals import StopSignals
+from qzo.track import Tracker, check_tracker
 from qzo.zo.graph import Graphs
 from qzo.zo.optimizer import Measured
 from qzo.zo.schedule import schedule
@@ -64,6 +65,7 @@ class Tuner:
     def __init__(self, recipe: Recipe, name: str, command: str, restart: bool = False, capture: bool = True):
         self.recipe, self.command, self.restart = recipe, command, restart
         self.folder, header = claim(recipe, name, restart)
+        check_tracker(recipe.track)
         model, quantization = quantized_folder(recipe)
         if header:
             check_base(model, header)
@@ -227,13 +229,22 @@ class Tuner:
 
     def run(self) -> dict:
         """Tune to the last step, write snapshots on the way and the report at the end. Returns the report's figures."""
+        header = self.header
+        settings = header["recipe"] | {"base_sha256": header["base"]["sha256"], "device": header["device"]} | header["versions"]
+        with Tracker(self.recipe.track, self.folder.path, f"{header['recipe_name']}-seed{header['seed']}", settings) as tracker:
+            self._run(tracker)
+            return write_report(self.folder, header, self.command, state_hash(self._state()), self.fit.estimate().phases)
+
+    def _run(self, tracker: Tracker) -> None:
         do = "Everything learned is written; the same command continues."
         with (
             StopSignals(str(self.folder.path), do) as stop, self._open() as journal,
             self._open_metrics(journal.records) as metrics,
+            Progress("tune", self.recipe.steps, self.optimizer.steps, every=0.0) as progress,
         ):  # fmt: skip
             try:
-                self._steps(journal, metrics, stop)
+                metrics.listeners.append(tracker.start(self.folder.metrics))
+                self._steps(journal, metrics, stop, progress)
             except Interrupted:
                 self.settle(journal, metrics)
                 self.snapshot(journal)
@@ -245,7 +256,6 @@ class Tuner:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise self._out_of_memory(error) from error
                 raise
-        return write_report(self.folder, self.header, self.command, state_hash(self._state()))
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         room = f", {memory.gigabytes(self.fit.available)} available" if self.fit.available else ""
@@ -253,20 +263,18 @@ class Tuner:
         do = f"Lower it: {self.fit.advice() or 'max_length, with --restart'}."
         return OutOfMemory(str(self.folder.path), given, "", f"{do} The same command continues the run, also with another {' or '.join(PIECES)}.")
 
-    def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:
+    def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals, progress: Progress) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
         self.skipped = _skipped_tail(journal.records)
-        progress = Progress("tune", recipe.steps, self.optimizer.steps)
+        metrics.listeners.append(Steps(progress, recipe.log_every, recipe.steps, self.counts.tokens))
         while (done := self.optimizer.steps) < recipe.steps:
             if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
+                progress.close()
                 self.evaluate(metrics, stop)
             self.launch()
             done += 1
             rest = any(done % every == 0 for every in (recipe.save_every, recipe.eval_every or recipe.steps, recipe.steps))
-            for record in (settled := self.settle(journal, metrics, 0 if rest else self.late)):
-                if (at := record.step + 1) % recipe.log_every == 0 or at == recipe.steps:
-                    progress.update(at, loss=f"{record.loss:.4f}", d=f"{np.abs(record.projected).mean():.3g}",
-                                    lr=f"{self.targets[0].lr * self._rate(record.step):.3g}")  # fmt: skip
+            settled = self.settle(journal, metrics, 0 if rest else self.late)
             if settled and self.skipped >= MAX_SKIPPED:
                 self.settle(journal, metrics)
                 self.snapshot(journal)
