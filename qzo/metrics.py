@@ -2,13 +2,29 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
 from qzo.disk import disk_error
+
+
+@dataclass
+class Counts:
+    """Sums over the steps so far, as metrics.jsonl shows them."""
+
+    examples: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
 
 
 class Metrics:

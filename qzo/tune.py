@@ -4,11 +4,10 @@ A step is journaled before the next begins; on a GPU while the next runs, so tha
 """
 
 import sys
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from qzo.evaluate import evaluate_task
 from qzo.fit import Fit
 from qzo.inputs import load_data, quantized_folder
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
-from qzo.metrics import Metrics, cut_back, read_metrics
+from qzo.metrics import Counts, Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
 from qzo.model.load import LoadedModel, load_model, load_tokenizer
 from qzo.progress import Progress, Steps
@@ -40,20 +39,6 @@ from qzo.zo.optimizer import Measured
 from qzo.zo.schedule import schedule
 
 MAX_SKIPPED = 10
-
-
-@dataclass
-class Counts:
-    """Sums over the steps so far, as metrics.jsonl shows them."""
-
-    examples: int = 0
-    tokens: int = 0
-    forwards: int = 0
-    seconds: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    def elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.started
 
 
 class Tuner:
