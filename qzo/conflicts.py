@@ -20,6 +20,8 @@ def conflicts(values: dict[str, Any]) -> list[Problem]:
         dense = values.get("dense")
         fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
         problems.append(("offload", "codes with stacked: false", fix))
+    if values.get("streaming") and values.get("train_examples", 1) is None:
+        problems.append(("train_examples", "null", "a number, because streaming is true"))
     problems += _of_quzo(values)
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:

@@ -6,24 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qzo.data.answers import exact_match, f1
 from qzo.data.batches import collate
-from qzo.data.encode import Encoded, Option, encode_examples, encode_prompts, leading_ids, padding_id
+from qzo.data.encode import Encoded, Option, encode_examples, leading_ids, padding_id
+from qzo.data.generation import answerable_prompts, first_lines
 from qzo.data.loss import option_scores, per_example_loss
+from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task
 from qzo.errors import BadInput
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
-NEW_TOKENS = 50
 _WINDOWS_PER_BATCH = 4
 
 
@@ -40,11 +35,12 @@ def evaluate_task(
 
     A task with options: "accuracy" (0 to 1; the highest score wins, the first of equals) and "loss" (nats, mean of
     per_example_loss). A generation task: "exact_match" and "f1" (0 to 1) of the first line that greedy decoding
-    writes in at most 50 tokens, prompt and answer together at most max_length tokens.
+    writes in at most 50 tokens, prompt and answer together at most max_length tokens. Chats: "loss" (nats, mean over
+    the assistant's tokens), its exponential "perplexity", and "tokens", their number.
     """
     if not examples:
         raise BadInput(f"task {task.name}", "no examples", "at least one")
-    run = _evaluate_generation if task.generation else _evaluate_options
+    run = _evaluate_chats if task.chat else _evaluate_generation if task.generation else _evaluate_options
     with _inference(model):
         return run(model, tokenizer, examples, max_length, batch_size, progress or (lambda done, total: None))
 
@@ -78,10 +74,12 @@ def perplexity(
         for start in range(0, len(encoded), _WINDOWS_PER_BATCH):
             batch = collate(encoded[start : start + _WINDOWS_PER_BATCH], padding_id(tokenizer)).to(model.device)
             total += per_example_loss(model, batch).double().sum().item()
-    mean = total / len(windows)
+    return {"perplexity": _exp(total / len(windows)), "windows": len(windows), "tokens": len(windows) * (window - 1)}
+
+
+def _exp(loss: float) -> float:
     # A model that is broken enough overflows exp: infinity is the honest value.
-    value = math.exp(mean) if mean < 700 else math.inf
-    return {"perplexity": value, "windows": len(windows), "tokens": len(windows) * (window - 1)}
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @contextmanager
@@ -129,6 +127,28 @@ def _evaluate_options(
     }
 
 
+def _evaluate_chats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int,
+    progress: Progress,
+) -> dict:
+    encoded, truncated = encode_chats(examples, tokenizer, max_length)
+    counts = torch.tensor([len(chat.options[0].tokens) for chat in encoded], dtype=torch.float64)
+    losses = torch.zeros(len(encoded), dtype=torch.float64)
+    done = 0
+    for indices in _batches([len(chat.rows[0]) for chat in encoded], batch_size):
+        batch = collate([encoded[index] for index in indices], padding_id(tokenizer)).to(model.device)
+        losses[indices] = per_example_loss(model, batch)[0].double().cpu()
+        done += len(indices)
+        progress(done, len(encoded))
+    tokens = int(counts.sum())
+    loss = ((losses * counts).sum() / tokens).item()
+    return {"loss": loss, "perplexity": _exp(loss), "tokens": tokens, "examples": len(encoded), "truncated": truncated}
+
+
 def _evaluate_generation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,13 +157,11 @@ def _evaluate_generation(
     batch_size: int,
     progress: Progress,
 ) -> dict:
-    if max_length <= NEW_TOKENS:
-        raise BadInput("max_length", str(max_length), f"more than the {NEW_TOKENS} tokens that may be generated")
-    prompts, truncated = encode_prompts(examples, tokenizer, max_length - NEW_TOKENS)
+    prompts, truncated = answerable_prompts(examples, tokenizer, max_length)
     matches, overlaps = [0.0] * len(examples), [0.0] * len(examples)
     done = 0
     for indices in _batches([len(prompt) for prompt in prompts], batch_size):
-        answers = _first_lines(model, tokenizer, [prompts[index] for index in indices])
+        answers = first_lines(model, tokenizer, [prompts[index] for index in indices])
         for index, answer in zip(indices, answers, strict=True):
             matches[index] = exact_match(answer, examples[index].references)
             overlaps[index] = f1(answer, examples[index].references)
@@ -155,35 +173,3 @@ def _evaluate_generation(
         "examples": len(examples),
         "truncated": truncated,
     }
-
-
-class _EndOfLine(StoppingCriteria):
-    """A row is done when its newest token holds a newline, whichever of the vocabulary's tokens that is."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        newest = self.tokenizer.batch_decode(input_ids[:, -1:])
-        return torch.tensor(["\n" in text for text in newest], device=input_ids.device)
-
-
-def _first_lines(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
-) -> list[str]:
-    """What the model writes after each prompt, up to the first newline, without the spaces around it."""
-    pad_id, width = padding_id(tokenizer), max(map(len, prompts))
-    input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=NEW_TOKENS,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad_id,
-    )  # fmt: skip
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([_EndOfLine(tokenizer)]),
-    )
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [text.split("\n")[0].strip() for text in texts]

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from qzo.data.encode import Encoded
+from qzo.data.generation import NEW_TOKENS
 from qzo.errors import OutOfMemory
 from qzo.estimate import PHASES, SLACK, Estimate, Shapes, Work, estimate, largest
-from qzo.evaluate import NEW_TOKENS
 from qzo.memory import available, gigabytes
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization
@@ -22,6 +22,12 @@ _FEW_TOKENS = 384  # of an evaluation, whatever the step has: no more scratch, l
 def evaluation_size(one: Work, examples: int, variants: int) -> int:
     """Examples like `one` per forward of an evaluation: as much as a step of `examples` has at once, or some few tokens."""
     return max(examples * variants, _FEW_TOKENS // one.tokens, 1)
+
+
+def _generating(prompts: Work) -> Work:
+    """The work of answering them: one prediction per row at a time, keys and values kept."""
+    rows = prompts.rows * prompts.variants
+    return Work(rows, prompts.length, rows, 1, prompts.length + NEW_TOKENS)
 
 
 def _kept(shapes: Shapes, offload: str, device: str) -> Shapes:
@@ -75,9 +81,12 @@ class Fit:
         variants = self._variants(self.recipe.stacked if stacked is None else stacked)
         evaluation = self._work(evaluation_size(self.one, micro, variants))
         if self.generation:
-            evaluation = Work(evaluation.rows, evaluation.length, evaluation.rows, 1, evaluation.length + NEW_TOKENS)
+            evaluation = _generating(evaluation)
+        step = self._work(micro, variants)
+        if self.recipe.objective == "f1":
+            step = _generating(step)
         shapes = self.shapes if offload is None else _kept(self.whole, offload, self.device.type)
-        return estimate(shapes, self._work(micro, variants), evaluation, self.dtype, self.device.type)
+        return estimate(shapes, step, evaluation, self.dtype, self.device.type)
 
     def savings(self) -> list[tuple[str, int]]:
         """(a setting, the bytes that it saves), the largest first; none that saves less than a hundredth."""

@@ -3,6 +3,8 @@
 import sys
 
 from qzo.data.encode import Encoded, encode_examples
+from qzo.data.generation import encode_questions
+from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task, get_task, load_examples
 from qzo.errors import BadInput
 from qzo.model.files import Folder
@@ -13,6 +15,15 @@ from qzo.recipe import Recipe
 
 def task_of(recipe: Recipe) -> Task:
     return get_task(recipe.task, recipe.prompt, recipe.choices, recipe.label, recipe.completion)
+
+
+def check_objective(objective: str, task: Task) -> None:
+    """Raises BadInput for a task on which the objective cannot be measured."""
+    if objective == "accuracy" and (task.generation or task.chat):
+        raise BadInput("recipe, objective", f"accuracy, with task {task.name}", "a task with choices", "Set objective=loss, or give choices.")
+    if objective == "f1" and not task.generation:
+        raise BadInput("recipe, objective", f"f1, with task {task.name}", "a task whose answer is generated: squad, or jsonl with a completion",
+                       "Set objective=loss.")  # fmt: skip
 
 
 def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
@@ -35,8 +46,10 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
 def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
     """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
     task = task_of(recipe)
-    train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples)
-    encoded, truncated = encode_examples(train, tokenizer, max_length)
+    check_objective(recipe.objective, task)
+    train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples, recipe.streaming)
+    encode = encode_questions if recipe.objective == "f1" else encode_chats if task.chat else encode_examples
+    encoded, truncated = encode(train, tokenizer, max_length)
     if truncated:
-        print(f"warning: {truncated} of {len(train)} prompts lost their beginning (max_length={max_length})", file=sys.stderr)
-    return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples), task
+        print(f"warning: {truncated} of {len(train)} {'chats' if task.chat else 'prompts'} lost their beginning (max_length={max_length})", file=sys.stderr)
+    return encoded, load_examples(task, recipe.data, recipe.eval_split, recipe.eval_examples, recipe.streaming), task

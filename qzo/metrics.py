@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -27,10 +28,11 @@ class Counts:
 
 
 class Metrics:
-    """Appends to metrics.jsonl."""
+    """Appends to metrics.jsonl. Each of `listeners` is called with a line once it is written."""
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
@@ -55,6 +57,8 @@ class Metrics:
             with suppress(OSError):
                 self._file.truncate(whole)
             raise disk_error(self._path, error) from error
+        for listener in self.listeners:
+            listener(plain)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -6,6 +6,7 @@ from qzo.memory import gigabytes
 from qzo.model.load import load_tokenizer
 from qzo.recipe import Recipe, to_yaml
 from qzo.run import claim
+from qzo.track import check_tracker
 
 
 def plan(recipe: Recipe, name: str, restart: bool = False) -> None:
@@ -14,6 +15,7 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> None:
     Then raises OutOfMemory for a run that does not fit its device, as the run itself would.
     """
     where, header = claim(recipe, name, restart)
+    check_tracker(recipe.track)
     folder, config = quantized_folder(recipe)
     train, validation, task = load_data(recipe, load_tokenizer(folder), folder.fit_length(recipe.max_length))
     rows = sum(len(e.rows) for e in train) / len(train)

@@ -1,4 +1,7 @@
-"""One line of progress for work that takes long."""
+"""One line of progress for work that takes long.
+
+Not rich.progress: it hides the cursor, and the second signal of a run (signals.py) ends the process before it is shown again.
+"""
 
 import math
 import shutil
@@ -57,6 +60,42 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
+
+
+class Steps:
+    """The line of a run, once per `every` steps, from the lines of metrics.jsonl as they are written.
+
+    loss and |d| are means over the steps since the last one, of those that are finite; tokens/s counts no evaluation.
+    """
+
+    def __init__(self, progress: Progress, every: int, total: int, tokens: int = 0):
+        """`tokens`: those of the steps before."""
+        self._progress, self._every, self._total = progress, every, total
+        self._tokens, self._since, self._newest = tokens, monotonic(), tokens
+        self._losses: list[float | None] = []
+        self._sizes: list[float | None] = []
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if "step" not in line:
+            self._tokens, self._since = self._newest, monotonic()
+            return
+        self._newest = line["tokens"]
+        self._losses.append(line["loss"])
+        self._sizes.append(line["abs_d"])
+        done = line["step"] + 1
+        if done % self._every and done != self._total:
+            return
+        now = monotonic()
+        fields = {"loss": _mean(self._losses, ".4f"), "|d|": _mean(self._sizes, ".3g"), "lr": f"{line['lr']:.3g}"}
+        if now > self._since and self._newest > self._tokens:
+            fields["tokens/s"] = f"{(self._newest - self._tokens) / (now - self._since):.0f}"
+        self._progress.update(done, **fields, GB=f"{line['peak_memory'] / 1e9:.2f}")
+        self._tokens, self._since, self._losses, self._sizes = self._newest, now, [], []
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    finite = [value for value in values if value is not None]
+    return f"{sum(finite) / len(finite):{form}}" if finite else "nan"
 
 
 def _duration(seconds: float) -> str:

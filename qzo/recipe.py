@@ -16,7 +16,7 @@ from qzo.errors import BadInput
 
 # A run may be resumed with other values of these: they decide where and how often something is written or shown, or where
 # tensors are kept, and no bit of a loss or of the tuned weights. `steps` is not among them: the schedule depends on it.
-_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload")
+_FREE_KEYS = ("output_dir", "log_every", "save_every", "eval_every", "device_memory", "offload", "track")
 # These decide in which pieces a step is measured: the same losses, but for rounding. A run that ran out of memory
 # may go on with smaller ones.
 PIECES = ("micro_batch", "stacked")
@@ -46,7 +46,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: _Text = Field(description="model folder, hub id or builtin:NAME")
-    task: _Text = Field("jsonl", description="built-in task name, or jsonl for any prompt and answer data")
+    task: _Text = Field("jsonl", description="built-in task name, jsonl for any prompt and answer, or messages for chats")
     data: _Text = Field(description="folder of SPLIT.jsonl files, one .jsonl file, or a hub dataset id")
     prompt: _Text | None = Field(None, description="prompt template with {field} names (task jsonl)")
     choices: list[_Text] | None = Field(None, description="answers to choose from; may hold {field} names")
@@ -56,7 +56,11 @@ class Recipe(BaseModel):
     eval_split: _Text = Field("validation", description="split to evaluate on")
     train_examples: _Count | None = Field(1000, description="examples to tune on; null: all")
     eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
+    streaming: bool = Field(False, description="train_examples are the first of the split, and nothing behind them is read")
     max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
+    objective: Literal["loss", "accuracy", "f1"] = Field(
+        "loss", description="what a step measures: the loss; minus the accuracy of the choices; minus the F1 of generated answers"
+    )
     method: Literal["qzo", "quzo", "quzo-lora"] = Field("qzo", description="what moves: scales, integer codes (quzo), or adapters (quzo-lora)")
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
     eps_mode: Literal["relative", "absolute"] = Field("relative", description="s * (1 + eps z), or s + eps z")
@@ -85,6 +89,7 @@ class Recipe(BaseModel):
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     save_every: _Count = Field(100, description="steps between snapshots")
     log_every: _Count = Field(10, description="steps between log lines")
+    track: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field("none", description="tool that shows the run as well")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
     device_memory: _Positive | None = Field(None, description="GB (10^9 bytes) of a GPU that the run may use; null: all that is free")
@@ -145,8 +150,12 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change."""
-    lines = []
+    """Lines `key: old -> new` of two dumped recipes, without the keys that a resumed run may change.
+
+    A key that is younger than the old recipe has its default there.
+    """
+    lines, fields = [], Recipe.model_fields
+    old = old | {key: fields[key].default for key in new if key in fields and key not in old and not fields[key].is_required()}
     for key in {**old, **new}:
         same = key in old and key in new and old[key] == new[key]
         if not same and key not in _FREE_KEYS + PIECES:

@@ -1,4 +1,4 @@
-"""loss.png and report.md of a finished run, from its metrics and its journal's header."""
+"""loss.png, report.md and report.html of a finished run, from its metrics and its journal's header."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,11 @@ import numpy as np
 from qzo.disk import disk_error
 from qzo.memory import gigabytes
 from qzo.metrics import read_metrics
+from qzo.report_html import page
 from qzo.run import RunFolder
 
 SCORES = ("accuracy", "exact_match", "f1")
+OBJECTIVES = {"loss": "loss (nats)", "accuracy": "minus the accuracy", "f1": "minus the F1"}
 
 
 def results(folder: RunFolder) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def results(folder: RunFolder) -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     """The result as a short Markdown table."""
     rows = [("", "before", "after")]
-    for key in (*SCORES, "loss"):
+    for key in (*SCORES, "loss", "perplexity"):
         if key in (figures["after"] or {}):
             rows.append((key.replace("_", " "), *(_shown(figures[when], key) for when in ("before", "after"))))
     rows.append(("peak memory", "", gigabytes(figures["peak_memory"])))
@@ -43,10 +45,10 @@ def _shown(scores: dict[str, Any] | None, key: str) -> str:
     if scores is None:  # metrics.jsonl was lost
         return "unknown"
     value = scores[key]
-    return "not finite" if value is None else f"{value:.4f}" if key == "loss" else f"{value:.1%}"
+    return "not finite" if value is None else f"{value:.4f}" if key in ("loss", "perplexity") else f"{value:.1%}"
 
 
-def _plot(folder: RunFolder, path: Path) -> None:
+def _plot(folder: RunFolder, path: Path, objective: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +64,7 @@ def _plot(folder: RunFolder, path: Path) -> None:
     if width > 1:
         axis.plot(x[width - 1 :], np.convolve(loss, np.ones(width) / width, "valid"), label=f"mean of {width} steps")
     axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats)")
+    axis.set_ylabel(OBJECTIVES[objective])
     key = next((k for k in SCORES if evaluations and k in evaluations[0][1]), None)
     if key:
         right = axis.twinx()
@@ -75,14 +77,22 @@ def _plot(folder: RunFolder, path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(folder: RunFolder, header: dict[str, Any], command: str, state_sha256: str) -> dict[str, Any]:
-    """Write loss.png and report.md; returns `results` with the hash of the tuned tensors. RunFailed on a full disk."""
+def write_report(
+    folder: RunFolder, header: dict[str, Any], command: str, state_sha256: str, phases: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Write loss.png, report.md and report.html; returns `results` with the hash of the tuned tensors. RunFailed on a full disk.
+
+    phases: the estimate, bytes by phase and part.
+    """
     figures = {**results(folder), "state_sha256": state_sha256}
+    score = next((key for key in SCORES if key in (figures["after"] or {})), None)
+    html = page(str(folder.path), header, read_metrics(folder.metrics), figures, command, phases, score)
     try:
-        _plot(folder, folder.path / "loss.png")
+        _plot(folder, folder.path / "loss.png", header["recipe"].get("objective", "loss"))
         (folder.path / "report.md").write_text(_text(header, figures, command), encoding="utf-8")
+        (folder.path / "report.html").write_text(html, encoding="utf-8")
     except OSError as error:
-        raise disk_error(folder.path / "loss.png, report.md", error) from error
+        raise disk_error(folder.path / "loss.png, report.md, report.html", error) from error
     return figures
 
 

@@ -1,6 +1,6 @@
 """A run folder: what it holds, how a run is set up from its recipe, and its tuned tensors rebuilt from the journal.
 
-    recipe.yaml  journal.bin  snapshots/  metrics.jsonl  loss.png  report.md
+    recipe.yaml  journal.bin  snapshots/  metrics.jsonl  loss.png  report.md  report.html  (tracker.json)
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from qzo.zo.noise import NOISE_VERSION
 from qzo.zo.optimizer import ZO
 from qzo.zo.targets import Target
 
-OWN_FILES = ("recipe.yaml", "snapshots", "metrics.jsonl", "loss.png", "report.md")
+OWN_FILES = ("recipe.yaml", "snapshots", "metrics.jsonl", "loss.png", "report.md", "report.html", "tracker.json", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -186,3 +186,17 @@ def steps_to(path: str, records: list[Record], to: int | None) -> int:
     if not 0 <= steps <= len(records):
         raise BadInput(f"{path}, --to", str(to), f"0 to {len(records)}, the steps that are recorded")
     return steps
+
+
+def changes(header: dict[str, Any], loaded: LoadedModel, pieces: dict[str, Any]) -> list[str]:
+    """What is another now than where the run began, and what of it: its device, or in which pieces a step is measured."""
+    here = f"{device_name(loaded.device)}, {loaded.dtype}, torch {torch.__version__}"
+    there = f"{header['device']}, {header['dtype']}, torch {header['versions']['torch']}"
+    said = []
+    if here != there:
+        said.append(f"the run began on {there} and goes on on {here}: it replays all the same, but other losses will be measured than there")
+    began = header["recipe"] | {"micro_batch": header["micro_batch"]}
+    for key, value in pieces.items():
+        if value != began[key]:
+            said.append(f"{key} was {began[key]} and is {value} from here on: the same losses, but for rounding")
+    return said

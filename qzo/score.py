@@ -73,4 +73,4 @@ def _examples(model: str, question: Question, run: bool) -> tuple[Any, list, int
     data = question.data or own.data
     split = question.split or (own.eval_split if own else "validation")
     limit = question.limit or (own.eval_examples if own else None)
-    return task, load_examples(task, data, split, limit), question.max_length or (own.max_length if own else 512)
+    return task, load_examples(task, data, split, limit, bool(own and own.streaming)), question.max_length or (own.max_length if own else 512)

@@ -17,7 +17,8 @@ from qzo import memory
 from qzo.checkpoint import newest_snapshot, state_hash, write_snapshot
 from qzo.data.batches import Batch, batch_indices, bucket, collate
 from qzo.data.encode import Encoded, fingerprint, padding_id
-from qzo.data.loss import per_example_loss
+from qzo.data.generation import Questions, per_example_f1
+from qzo.data.loss import per_example_error, per_example_loss
 from qzo.disk import disk_error
 from qzo.errors import BadInput, Interrupted, OutOfMemory, RunFailed
 from qzo.evaluate import evaluate_task
@@ -27,12 +28,13 @@ from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Counts, Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
 from qzo.model.load import LoadedModel, load_model, load_tokenizer
-from qzo.progress import Progress
+from qzo.progress import Progress, Steps
 from qzo.rebuild import build_targets, replay
 from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
-from qzo.run import build_optimizer, check_base, check_data, claim, device_name, keep_aside, make_header
+from qzo.run import build_optimizer, changes, check_base, check_data, claim, keep_aside, make_header
 from qzo.signals import StopSignals
+from qzo.track import Tracker, check_tracker
 from qzo.zo.graph import Graphs
 from qzo.zo.optimizer import Measured
 from qzo.zo.schedule import schedule
@@ -50,6 +52,7 @@ class Tuner:
     def __init__(self, recipe: Recipe, name: str, command: str, restart: bool = False, capture: bool = True):
         self.recipe, self.command, self.restart = recipe, command, restart
         self.folder, header = claim(recipe, name, restart)
+        check_tracker(recipe.track)
         model, quantization = quantized_folder(recipe)
         if header:
             check_base(model, header)
@@ -69,25 +72,14 @@ class Tuner:
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
         self.plain = is_plain(self.loaded.model, bucket(self.max_length))
-        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain, self.loaded.rest)
+        self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain and recipe.objective != "f1", self.loaded.rest)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
         self.pending: deque[Measured] = deque()
         self.skipped = 0  # in a row
         self.sizes: list[np.ndarray] = []  # of the first coefficients, by target
         self.header = header or make_header(recipe, name, self.loaded, self.targets, examples, self.fit.micro)
-        self._compare_with_begin()
-
-    def _compare_with_begin(self) -> None:
-        """Warn of what is another now than where the run began."""
-        here = f"{device_name(self.loaded.device)}, {self.loaded.dtype}, torch {torch.__version__}"
-        there = f"{self.header['device']}, {self.header['dtype']}, torch {self.header['versions']['torch']}"
-        if here != there:
-            print(f"warning: the run began on {there} and goes on on {here}: it replays all the same, "
-                  "but other losses will be measured than there", file=sys.stderr)  # fmt: skip
-        began = self.header["recipe"] | {"micro_batch": self.header["micro_batch"]}
-        for key, value in {"micro_batch": self.fit.micro, "stacked": self.recipe.stacked}.items():
-            if value != began[key]:
-                print(f"warning: {key} was {began[key]} and is {value} from here on: the same losses, but for rounding", file=sys.stderr)
+        for said in changes(self.header, self.loaded, {"micro_batch": self.fit.micro, "stacked": recipe.stacked}):
+            print(f"warning: {said}", file=sys.stderr)
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: value for target in self.targets for name, value in target.state().items()}
@@ -137,20 +129,29 @@ class Tuner:
     def _examples(self, step: int) -> list[Encoded]:
         return [self.train[i] for i in batch_indices(self.recipe.seed, step, self.recipe.batch_size, len(self.train))]
 
-    def _batch(self, step: int) -> list[Batch]:
+    def _batch(self, step: int) -> list[Batch] | list[Questions]:
         """The step's micro-batches on the device."""
         examples, pad = self._examples(step), padding_id(self.tokenizer)
         parts = [examples[start : start + self.fit.micro] for start in range(0, len(examples), self.fit.micro)]
+        if self.recipe.objective == "f1":
+            return [Questions(tuple(part)) for part in parts]
         batches = [collate(part, pad).rounded() for part in parts]
         if (host := self.loaded.embedding) and self.plain:
             batches = [replace(batch, embedded=host.rows(batch.input_ids)) for batch in batches]
         return [batch.to(self.loaded.device) for batch in batches]
 
-    def _losses(self, batches: Sequence[Batch], variants: int = 1) -> torch.Tensor:
-        """The mean loss over the examples of a step's micro-batches, fp32 [variants]."""
+    def _measured(self, batch: Batch | Questions, variants: int) -> torch.Tensor:
+        """The recipe's objective, to be lowered, of every example [variants, B]."""
+        if isinstance(batch, Questions):
+            return per_example_f1(self.loaded.model, self.tokenizer, batch, variants)
+        measure = per_example_error if self.recipe.objective == "accuracy" else per_example_loss
+        return measure(self.loaded.model, batch, variants)
+
+    def _losses(self, batches: Sequence[Batch | Questions], variants: int = 1) -> torch.Tensor:
+        """The mean objective over the examples of a step's micro-batches, fp32 [variants]."""
         total = torch.zeros(variants, device=self.loaded.device)
         for batch in batches:
-            total += per_example_loss(self.loaded.model, batch, variants).sum(1)
+            total += self._measured(batch, variants).sum(1).to(total.device)
         return total / sum(b.examples for b in batches)
 
     def launch(self) -> None:
@@ -222,13 +223,22 @@ class Tuner:
 
     def run(self) -> dict:
         """Tune to the last step, write snapshots on the way and the report at the end. Returns the report's figures."""
+        header = self.header
+        settings = header["recipe"] | {"base_sha256": header["base"]["sha256"], "device": header["device"]} | header["versions"]
+        with Tracker(self.recipe.track, self.folder.path, f"{header['recipe_name']}-seed{header['seed']}", settings) as tracker:
+            self._run(tracker)
+            return write_report(self.folder, header, self.command, state_hash(self._state()), self.fit.estimate().phases)
+
+    def _run(self, tracker: Tracker) -> None:
         do = "Everything learned is written; the same command continues."
         with (
             StopSignals(str(self.folder.path), do) as stop, self._open() as journal,
             self._open_metrics(journal.records) as metrics,
+            Progress("tune", self.recipe.steps, self.optimizer.steps, every=0.0) as progress,
         ):  # fmt: skip
             try:
-                self._steps(journal, metrics, stop)
+                metrics.listeners.append(tracker.start(self.folder.metrics))
+                self._steps(journal, metrics, stop, progress)
             except Interrupted:
                 self.settle(journal, metrics)
                 self.snapshot(journal)
@@ -240,7 +250,6 @@ class Tuner:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise self._out_of_memory(error) from error
                 raise
-        return write_report(self.folder, self.header, self.command, state_hash(self._state()))
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
         room = f", {memory.gigabytes(self.fit.available)} available" if self.fit.available else ""
@@ -248,20 +257,18 @@ class Tuner:
         do = f"Lower it: {self.fit.advice() or 'max_length, with --restart'}."
         return OutOfMemory(str(self.folder.path), given, "", f"{do} The same command continues the run, also with another {' or '.join(PIECES)}.")
 
-    def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals) -> None:
+    def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals, progress: Progress) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
         self.skipped = _skipped_tail(journal.records)
-        progress = Progress("tune", recipe.steps, self.optimizer.steps)
+        metrics.listeners.append(Steps(progress, recipe.log_every, recipe.steps, self.counts.tokens))
         while (done := self.optimizer.steps) < recipe.steps:
             if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
+                progress.close()
                 self.evaluate(metrics, stop)
             self.launch()
             done += 1
             rest = any(done % every == 0 for every in (recipe.save_every, recipe.eval_every or recipe.steps, recipe.steps))
-            for record in (settled := self.settle(journal, metrics, 0 if rest else self.late)):
-                if (at := record.step + 1) % recipe.log_every == 0 or at == recipe.steps:
-                    progress.update(at, loss=f"{record.loss:.4f}", d=f"{np.abs(record.projected).mean():.3g}",
-                                    lr=f"{self.targets[0].lr * self._rate(record.step):.3g}")  # fmt: skip
+            settled = self.settle(journal, metrics, 0 if rest else self.late)
             if settled and self.skipped >= MAX_SKIPPED:
                 self.settle(journal, metrics)
                 self.snapshot(journal)

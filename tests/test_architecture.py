@@ -15,12 +15,12 @@ MAX_LINES, MAX_FUNCTION = 300, 60
 # Layer of each module: a module imports only from layers below its own (or its own package).
 LAYERS = [
     {"errors", "plain_yaml", "conflicts"},
-    {"recipe", "memory", "progress", "signals", "disk"},
+    {"recipe", "memory", "progress", "signals", "disk", "charts"},
     {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
-    {"rebuild"},
+    {"rebuild", "report_html", "track"},
     {"report", "replay", "fit"},
     {"tune", "export"},
     {"score", "plan", "doctor"},

@@ -121,7 +121,7 @@ def test_tune_shows_progress_and_ends_with_a_table(recipe, tmp_path, capsys):
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"- command: `qzo tune {recipe}`" in report and "SHA-256" in report and "| lr | 0.01 |" in report
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "journal.bin", "loss.png", "metrics.jsonl", "recipe.yaml", "report.md", "snapshots",
+        "journal.bin", "loss.png", "metrics.jsonl", "recipe.yaml", "report.html", "report.md", "snapshots",
     ]  # fmt: skip
 
 

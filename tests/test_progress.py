@@ -8,7 +8,7 @@ import pytest
 
 from qzo.errors import RunFailed
 from qzo.metrics import Metrics, cut_back, read_metrics
-from qzo.progress import Progress
+from qzo.progress import Progress, Steps
 
 
 class Terminal(io.StringIO):
@@ -75,6 +75,47 @@ def test_nothing_done_nothing_broken(clock):
         progress.update(0)
         raise KeyError
     assert stream.getvalue() == "\rx 0/2\n"
+
+
+def line(step, loss, size, tokens):
+    return {"step": step, "loss": loss, "abs_d": size, "lr": 0.018, "tokens": tokens, "peak_memory": 8_650_000_000}
+
+
+def test_the_line_of_a_run(clock):
+    """Means over the group, those that are finite; the time of an evaluation counts for no rate; the last group may be short."""
+    stream = io.StringIO()
+    steps = Steps(Progress("tune", 107, 100, stream, every=0.0), 3, 107, tokens=1000)
+    for step, loss in enumerate((0.5, None, 1.0, 2.0, None, None, None), 100):
+        clock[0] += 2
+        steps(line(step, loss, loss, 1000 + 100 * (step - 99)))
+        if step == 101:
+            clock[0] += 60
+            steps({"after": 102, "evaluation": {}, "peak_memory": 1})
+    assert stream.getvalue().splitlines() == [
+        "tune 102/107  loss 0.5000  |d| 0.5  lr 0.018  tokens/s 50  GB 8.65  ETA 10s",
+        "tune 105/107  loss 1.5000  |d| 1.5  lr 0.018  tokens/s 50  GB 8.65  ETA 28s",
+        "tune 107/107  loss nan  |d| nan  lr 0.018  tokens/s 50  GB 8.65",
+    ]
+
+
+def test_the_line_after_an_evaluation_within_a_group(clock):
+    stream = io.StringIO()
+    steps = Steps(Progress("tune", 2, 0, stream, every=0.0), 2, 2)
+    steps(line(0, 1.0, 1.0, 70))
+    clock[0] += 60
+    steps({"after": 1, "evaluation": {}})
+    clock[0] += 1
+    steps(line(1, 2.0, 2.0, 100))
+    assert stream.getvalue() == "tune 2/2  loss 1.5000  |d| 1.5  lr 0.018  tokens/s 30  GB 8.65\n"
+
+
+def test_listeners_get_the_lines_as_written(tmp_path):
+    heard = []
+    with Metrics(tmp_path / "m") as metrics:
+        metrics.write({"step": 0})
+        metrics.listeners.append(heard.append)
+        metrics.write({"step": 1, "loss": float("nan")})
+    assert heard == lines_of(tmp_path / "m")[1:] == [{"step": 1, "loss": None, "nonfinite": {"loss": "nan"}}]
 
 
 def lines_of(path):

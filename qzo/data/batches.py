@@ -86,8 +86,8 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     first_row = 0
     for b, example in enumerate(encoded):
         for c, option in enumerate(example.options):
-            flat = (first_row + option.row) * width + option.start
-            pairs += [(b, c, i, flat + i, token) for i, token in enumerate(option.tokens)]
+            flat = (first_row + option.row) * width
+            pairs += [(b, c, i, flat + place, token) for i, (place, token) in enumerate(zip(option.places, option.tokens, strict=True))]
         first_row += len(example.rows)
     b, c, i, flat, token = torch.tensor(pairs).unbind(1)
     positions, place = flat.unique(return_inverse=True)

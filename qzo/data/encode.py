@@ -1,7 +1,7 @@
 """Token ids of a prompt and its options: what the model runs, and which of its predictions count."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -19,13 +19,26 @@ class Option:
     start: int
     tokens: tuple[int, ...]
 
+    @property
+    def places(self) -> Sequence[int]:
+        return range(self.start, self.start + len(self.tokens))
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """An option in pieces: `tokens[i]` is predicted at position `places[i]` of row `row`; ascending."""
+
+    row: int
+    places: tuple[int, ...]
+    tokens: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Encoded:
     """The rows to run and the options to score in them. An option's last token is a target only, never in a row."""
 
     rows: tuple[tuple[int, ...], ...]
-    options: tuple[Option, ...]
+    options: tuple[Option | Scattered, ...]
     label: int
 
 
@@ -41,14 +54,14 @@ def encode_examples(
     """
     bos = leading_ids(tokenizer)
     texts = [text for e in examples for text in (e.prompt, *(e.prompt + option for option in e.options))]
-    ids = iter(_token_ids(texts, tokenizer))
+    ids = iter(token_ids(texts, tokenizer))
     encoded, truncated = [], 0
     for number, example in enumerate(examples):
         prompt = next(ids)
         fulls = [next(ids) for _ in example.options]
         where = example.source or f"example {number}"
         _check_distinct(example, fulls, where)
-        starts = [_common_prefix(prompt, full) for full in fulls]
+        starts = [common_prefix(prompt, full) for full in fulls]
         cut = max(0, len(bos) + max(map(len, fulls)) - max_length)
         for start, full, option in zip(starts, fulls, example.options, strict=True):
             if len(full) == start or len(bos) + start - cut < 1:
@@ -64,7 +77,7 @@ def encode_prompts(
 ) -> tuple[list[list[int]], int]:
     """The prompts alone, for generation, cut on the left to `max_length` tokens, and how many were cut."""
     bos = leading_ids(tokenizer)
-    prompts = _token_ids([example.prompt for example in examples], tokenizer)
+    prompts = token_ids([example.prompt for example in examples], tokenizer)
     room = max_length - len(bos)
     truncated = sum(len(prompt) > room for prompt in prompts)
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
@@ -92,11 +105,13 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Those of each text, with nothing added."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _common_prefix(one: list[int], two: list[int]) -> int:
+def common_prefix(one: Iterable, two: Iterable) -> int:
+    """How many elements both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 

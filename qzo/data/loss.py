@@ -24,6 +24,16 @@ def per_example_loss(model: PreTrainedModel, batch: Batch, variants: int = 1) ->
     return torch.where(batch.option_mask.sum(1) > 1, choice, -right)
 
 
+def per_example_error(model: PreTrainedModel, batch: Batch, variants: int = 1) -> torch.Tensor:
+    """-1 where the highest score is the right option's (the first of equals wins), else 0: fp32 [variants, B]; NaN where a score is.
+
+    Its mean is minus the accuracy, MeZO's non-differentiable objective (section 3.3). The model is seen as in `per_example_loss`.
+    """
+    scores = _scores(model, batch, variants)
+    wrong = (scores.argmax(2) != batch.labels).float() - 1
+    return torch.where(scores.isnan().any(2), torch.nan, wrong)
+
+
 def option_scores(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """The mean log-probability of every option's tokens, fp32 [B, C]; -inf where an example has fewer options."""
     return _scores(model, batch, 1)[0]

@@ -3,10 +3,11 @@
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from qzo.data import templates
-from qzo.data.permutation import permutation
+from qzo.data.permutation import beginning
 from qzo.data.records import read_records
 from qzo.data.templates import RecordError, compile_template, text
 from qzo.errors import BadInput
@@ -16,7 +17,8 @@ from qzo.errors import BadInput
 class Example:
     """One question: each option is appended verbatim to the prompt; `label` is the index of the right one.
 
-    A generation example has one option, the first of its `references`. `source` says where it was read.
+    A generation example has one option, the first of its `references`. A chat has `messages` (role, content) and nothing
+    else. `source` says where it was read.
     """
 
     prompt: str
@@ -24,15 +26,20 @@ class Example:
     label: int
     references: tuple[str, ...] = ()
     source: str = field(default="", compare=False)
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """`make` turns a record into an Example; `generation`: judged by generated text, not by the options' scores."""
+    """`make` turns a record into an Example; `generation`: judged by generated text, not by the options' scores.
+
+    chat: neither, but by the likelihood of what the assistant says.
+    """
 
     name: str
     generation: bool
     make: Callable[[dict], Example]
+    chat: bool = False
 
 
 def get_task(
@@ -42,7 +49,7 @@ def get_task(
     label: str | None = None,
     completion: str | None = None,
 ) -> Task:
-    """A built-in task by name, or "jsonl": any records, described by the other arguments.
+    """A built-in task by name; "messages": chats; or "jsonl": any records, described by the other arguments.
 
     prompt: template. choices: templates of the options, with `label` the field (default "label") that holds the
     index or the text of the right one. completion: template, or the name of a field. Neither: the record's own
@@ -52,33 +59,52 @@ def get_task(
     settings = [key for key, value in arguments.items() if value is not None]
     if name == "jsonl":
         return _jsonl_task(prompt, choices, label, completion)
-    if name not in _BUILT_IN:
-        close = difflib.get_close_matches(str(name), [*_BUILT_IN, "jsonl"], n=1)
+    if name == "messages" and not settings:
+        return Task(name, False, _chat, chat=True)
+    if name not in _BUILT_IN and name != "messages":
+        close = difflib.get_close_matches(str(name), [*_BUILT_IN, "jsonl", "messages"], n=1)
         do = f"Did you mean {close[0]}?" if close else ""
-        raise BadInput("task", repr(name), "one of " + ", ".join([*_BUILT_IN, "jsonl"]), do)
+        raise BadInput("task", repr(name), "one of " + ", ".join([*_BUILT_IN, "jsonl", "messages"]), do)
     if settings:
         given = f"{', '.join(settings)} set"
-        raise BadInput(f"task {name}", given, "no such setting: its prompt is built in", "Use task: jsonl.")
+        prompt = "the tokenizer's template" if name == "messages" else "built in"
+        raise BadInput(f"task {name}", given, f"no such setting: its prompt is {prompt}", "Use task: jsonl.")
     return Task(name, name in _GENERATION, _BUILT_IN[name])
 
 
-def load_examples(task: Task, data: str | Path, split: str, limit: int | None = None) -> list[Example]:
+def _chat(record: dict) -> Example:
+    messages = templates.field(record, "messages")
+    if not isinstance(messages, list) or not messages:
+        raise RecordError("messages is empty" if messages == [] else f"messages is {type(messages).__name__}", 'a list of {"role": …, "content": …}')
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise RecordError(f"message {number} has no text {key!r}", "role and content of every message, as text")
+    return Example("", (), 0, messages=tuple((message["role"], message["content"]) for message in messages))
+
+
+def load_examples(
+    task: Task, data: str | Path, split: str, limit: int | None = None, streaming: bool = False
+) -> list[Example]:
     """The examples of a split of `data` (a folder, a .jsonl file or a hub id: see read_records).
 
-    limit: of the split "train", the first `limit` of one fixed random order, the same for every seed; of any other
-    split, the first `limit` of the file. BadInput names file and line of a record that the task cannot use.
+    limit: of the split "train", the first `limit` of one fixed random order, a function of nothing but the number of
+    records; of any other split, and where `streaming`, the first `limit` of the file, and nothing behind them is read.
+    Memory is for `limit` records, whatever the file has. BadInput names file and line of a record that the task cannot use.
     """
-    records = read_records(data, split)
-    if limit is not None and limit < len(records):
-        chosen = permutation(0, 0, len(records), "data/subset")[:limit] if split == "train" else range(limit)
-        records = [records[index] for index in chosen]
+    drawn = limit is not None and split == "train" and not streaming
+    choose = partial(_subset, limit) if drawn else None
     examples = []
-    for where, record in records:
+    for where, record in read_records(data, split, None if drawn else limit, choose, streaming):
         try:
             examples.append(replace(task.make(record), source=where))
         except RecordError as error:
             raise BadInput(f"{where} (task {task.name})", error.given, error.expected) from None
     return examples
+
+
+def _subset(limit: int, n: int) -> Sequence[int]:
+    return beginning(0, 0, n, "data/subset", limit) if limit < n else range(n)
 
 
 def _index(record: dict, options: Sequence[str], name: str = "label") -> int:

@@ -1,7 +1,7 @@
 """AWQ checkpoints on disk, the layout `gemm`: qweight, qzeros, scales of one Linear, 4 bits (arXiv 2306.00978; autoawq).
 
 Per Linear(K -> N): qweight int32 [K, N/8], qzeros int32 [G, N/8], scales fp16 [G, N]; W[k, n] = scales[k // g, n]·(q - z).
-Both are packed along N: field i of a word (bits 4i … 4i + 3) holds column ORDER[i] of its eight. z is stored plainly.
+Both are packed along N: field i of a word (bits 4i … 4i + 3) holds column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight. z is stored plainly.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,6 @@ from qzo.model.uniform import (
 VERSIONS = ("awq",)
 CODES, SCALES = "qweight", "scales"
 PARTS = (CODES, SCALES, "qzeros")
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_FIELD = tuple(ORDER.index(column) for column in range(8))  # column -> the field that holds it
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
@@ -59,9 +57,10 @@ def shape(folder: Folder, name: str, config: AwqConfig) -> tuple[int, int]:
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """int32 [R, W] -> uint8 [R, 8·W], columns in the order of the model's."""
-    fields = unpack_codes(words.contiguous(), 4, 8 * words.shape[1])
-    return fields.view(len(words), -1, 8)[:, :, list(_FIELD)].flatten(1)
+    """int32 [R, W] -> uint8 [8·W, R], rows in the order of the model's columns."""
+    fields = unpack_codes(words.contiguous(), 4, 8 * words.shape[1]).view(len(words), -1, 2, 4)
+    # Column 2i + j lies in field 4j + i.
+    return fields.permute(1, 3, 2, 0).reshape(-1, len(words))
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -77,10 +76,10 @@ def read_layer(folder: Folder, name: str, config: AwqConfig, rows: int, cols: in
     codes = empty_codes(rows, cols, 4, device)
     scales = read_tensor(folder, name, SCALES, (groups, rows), scales=True).to(device).t()
     scales = finite_scales(scales, f"{folder.path}, {name}.{SCALES}")
-    zeros = plain_zeros(unpack(read_tensor(folder, name, "qzeros", (groups, rows // 8)).to(device)).t(), 4)
+    zeros = plain_zeros(unpack(read_tensor(folder, name, "qzeros", (groups, rows // 8)).to(device)), 4)
     packed = read_tensor(folder, name, CODES, (cols, rows // 8)).to(device)
     # Starts are multiples of 64: words of eight rows are never split.
-    fill_codes(codes, 4, lambda start, end: unpack(packed[:, start // 8 : end // 8]).t().contiguous(), None)
+    fill_codes(codes, 4, lambda start, end: unpack(packed[:, start // 8 : end // 8]), None)
     return LayerTensors(codes, scales, zeros, None)
 
 
