@@ -15,7 +15,7 @@ from qzo.errors import BadInput, Interrupted
 from qzo.metrics import read_metrics
 from qzo.model.load import load_model
 from qzo.recipe import load_recipe
-from qzo.run import tuned_state
+from qzo.rebuild import tuned_state
 from qzo.tune import Tuner
 
 TEMPLATE = (

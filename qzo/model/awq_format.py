@@ -64,8 +64,9 @@ def unpack(words: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [R, 8·W] -> int32 [R, W]: the inverse of `unpack`."""
-    return pack_codes(codes.view(len(codes), -1, 8)[:, :, list(ORDER)].flatten(1), 4)
+    """uint8 [8·W, R] -> int32 [R, W]: the inverse of `unpack`."""
+    fields = codes.view(-1, 4, 2, codes.shape[1]).permute(3, 0, 2, 1)
+    return pack_codes(fields.reshape(codes.shape[1], -1), 4)
 
 
 def read_layer(folder: Folder, name: str, config: AwqConfig, rows: int, cols: int, device: torch.device = CPU) -> LayerTensors:
@@ -98,7 +99,7 @@ def written(folder: Folder, name: str, part: str, config: AwqConfig, version: st
     if part == SCALES and moved.scales is not None:
         return moved.scales.t()
     if part == CODES and moved.codes is not None:
-        return pack(moved.codes.t().contiguous())
+        return pack(moved.codes)
     return folder.read(f"{name}.{part}")
 
 

@@ -101,6 +101,8 @@ class FolderWriter:
         elif count > 1:
             tensors = {name: tensor for number in range(count) for name, tensor in load_file(self._part(number)).items()}
             self.save(tensors, self.partial / "model.safetensors")
+        # Before the shards have their names, by which an interrupted quantization would no longer find them.
+        self._write(documents)
         try:
             if single and count > 1:
                 self._remove_parts()
@@ -109,13 +111,19 @@ class FolderWriter:
                     self._part(number).rename(self.partial / ("model.safetensors" if single else final))
         except OSError as error:
             raise NotWritten(self.out, error) from error
-        return self.place(documents)
+        return self.place({})
 
-    def place(self, documents: dict[str, dict]) -> Path:
-        """Write JSON files (name -> object), then move the folder into place."""
+    def _write(self, documents: dict[str, dict]) -> None:
         try:
             for name, document in documents.items():
                 (self.partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise NotWritten(self.out, error) from error
+
+    def place(self, documents: dict[str, dict]) -> Path:
+        """Write JSON files (name -> object), then move the folder into place."""
+        self._write(documents)
+        try:
             if self.out.exists():
                 self.out.rmdir()
             self.partial.rename(self.out)
