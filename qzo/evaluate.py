@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qzo.data.answers import exact_match, f1
-from qzo.data.batches import collate
+from qzo.data.batches import Batch, collate
 from qzo.data.encode import Encoded, Option, encode_examples, leading_ids, padding_id
 from qzo.data.generation import answerable_prompts, first_lines
 from qzo.data.loss import option_scores, per_example_loss
@@ -93,11 +93,20 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: what does not fit into memory fails at once."""
+def _batches(lengths: Sequence[int], batch_size: int, progress: Progress) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first: what does not fit into memory fails at once. Reports each when it is done."""
     ranked = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     for start in range(0, len(ranked), batch_size):
         yield ranked[start : start + batch_size]
+        progress(min(start + batch_size, len(ranked)), len(ranked))
+
+
+def _collated(
+    encoded: Sequence[Encoded], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
+) -> Iterator[tuple[list[int], Batch]]:
+    """Such batches with their tensors on the model's device."""
+    for indices in _batches([max(map(len, example.rows)) for example in encoded], batch_size, progress):
+        yield indices, collate([encoded[index] for index in indices], padding_id(tokenizer)).to(model.device)
 
 
 def _evaluate_options(
@@ -109,16 +118,12 @@ def _evaluate_options(
     progress: Progress,
 ) -> dict:
     encoded, truncated = encode_examples(examples, tokenizer, max_length)
-    lengths = [max(map(len, example.rows)) for example in encoded]
     losses = torch.zeros(len(encoded), dtype=torch.float64)
-    right = done = 0
-    for indices in _batches(lengths, batch_size):
-        batch = collate([encoded[index] for index in indices], padding_id(tokenizer)).to(model.device)
+    right = 0
+    for indices, batch in _collated(encoded, model, tokenizer, batch_size, progress):
         scores = option_scores(model, batch)
         losses[indices] = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="none").double().cpu()
         right += int((scores.argmax(1) == batch.labels).sum())
-        done += len(indices)
-        progress(done, len(encoded))
     return {
         "accuracy": right / len(encoded),
         "loss": losses.mean().item(),
@@ -138,12 +143,8 @@ def _evaluate_chats(
     encoded, truncated = encode_chats(examples, tokenizer, max_length)
     counts = torch.tensor([len(chat.options[0].tokens) for chat in encoded], dtype=torch.float64)
     losses = torch.zeros(len(encoded), dtype=torch.float64)
-    done = 0
-    for indices in _batches([len(chat.rows[0]) for chat in encoded], batch_size):
-        batch = collate([encoded[index] for index in indices], padding_id(tokenizer)).to(model.device)
+    for indices, batch in _collated(encoded, model, tokenizer, batch_size, progress):
         losses[indices] = per_example_loss(model, batch)[0].double().cpu()
-        done += len(indices)
-        progress(done, len(encoded))
     tokens = int(counts.sum())
     loss = ((losses * counts).sum() / tokens).item()
     return {"loss": loss, "perplexity": _exp(loss), "tokens": tokens, "examples": len(encoded), "truncated": truncated}
@@ -159,14 +160,11 @@ def _evaluate_generation(
 ) -> dict:
     prompts, truncated = answerable_prompts(examples, tokenizer, max_length)
     matches, overlaps = [0.0] * len(examples), [0.0] * len(examples)
-    done = 0
-    for indices in _batches([len(prompt) for prompt in prompts], batch_size):
+    for indices in _batches([len(prompt) for prompt in prompts], batch_size, progress):
         answers = first_lines(model, tokenizer, [prompts[index] for index in indices])
         for index, answer in zip(indices, answers, strict=True):
             matches[index] = exact_match(answer, examples[index].references)
             overlaps[index] = f1(answer, examples[index].references)
-        done += len(indices)
-        progress(done, len(examples))
     return {
         "exact_match": sum(matches) / len(examples),
         "f1": sum(overlaps) / len(examples),

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import edit_json, sentences, write_recipe
+from tiny_runs import edit_json, sentences, stop_at, write_recipe
 
 from qzo.cli import main
 from qzo.data.messages import encode_chats
@@ -98,16 +98,8 @@ def test_a_run_continues_and_notices_another_template(tuner, speaking):
     shutil.rmtree(whole.folder.path)
 
     run = tuner()
-    launch = run.launch
-
-    def launched():
-        if run.optimizer.steps == 3:
-            raise Interrupted("here", 15, "")
-        launch()
-
-    run.launch = launched
     with pytest.raises(Interrupted):
-        run.run()
+        stop_at(run, 3).run()
     (speaking / "chat_template.jinja").write_text(TEMPLATE.replace("<eos>", "<eos> "))
     with pytest.raises(BadInput, match="other examples than the run began with"):
         tuner()

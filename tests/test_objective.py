@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from qzo_kernels import ops
-from tiny_runs import write_recipe
+from tiny_runs import stop_at, write_recipe
 
 from qzo.cli import main
 from qzo.data import generation
@@ -144,16 +144,8 @@ def test_runs_repeat_stacked_in_pieces_and_in_two_parts(keys, tuner):
         for one, two in zip(found, expected, strict=True):
             np.testing.assert_allclose(np.frombuffer(one[3], np.float32), np.frombuffer(two[3], np.float32), **tolerance)
     run = tuner(**keys)
-    launch = run.launch
-
-    def launched():
-        if run.optimizer.steps == 2:
-            raise Interrupted("here", 15, "")
-        launch()
-
-    run.launch = launched
     with pytest.raises(Interrupted):
-        run.run()
+        stop_at(run, 2).run()
     run = tuner(**keys)
     run.run()
     assert main(["replay", str(run.folder.path), "--verify"]) == 0

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from tiny_lanes import AtOnce
-from tiny_runs import make_model, write_recipe
+from tiny_runs import make_model, stop_at, write_recipe
 
 from qzo.checkpoint import newest_snapshot
 from qzo.errors import Interrupted, RunFailed
@@ -74,18 +74,6 @@ def test_runs_are_the_same_wherever_the_codes_are(keys, tuner):
         outcomes.append((records, newest_snapshot(run.folder.path)[2], scores))
         shutil.rmtree(run.folder.path)
     assert all(other == outcomes[0] for other in outcomes[1:])
-
-
-def stop_at(run, step):
-    launch = run.launch
-
-    def launched():
-        if run.optimizer.steps == step:
-            raise Interrupted("here", 15, "")
-        launch()
-
-    run.launch = launched
-    return run
 
 
 @pytest.mark.parametrize("keys", [{}, {"micro_batch": 2}], ids=str)

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from qzo.tune import Tuner
+
 GOOD, BAD = ("great", "lovely", "charming", "clever"), ("awful", "dull", "boring", "terrible")
 NOUNS = ("film", "story", "cast", "ending", "plot", "song", "scene", "book")
 RECIPE = {
@@ -76,6 +78,21 @@ def write_recipe(path: Path, model: Path, data: Path, **keys: object) -> str:
     lines = [f"{k}: {shown[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
+
+
+def stop_at(run: "Tuner", step: int) -> "Tuner":
+    """The same Tuner, which a signal will stop before it launches `step`."""
+    from qzo.errors import Interrupted
+
+    launch = run.launch
+
+    def launched() -> None:
+        if run.optimizer.steps == step:
+            raise Interrupted("here", 15, "")
+        launch()
+
+    run.launch = launched
+    return run
 
 
 def edit_json(path: Path, **keys: object) -> None:

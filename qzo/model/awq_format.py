@@ -4,15 +4,14 @@ Per Linear(K -> N): qweight int32 [K, N/8], qzeros int32 [G, N/8], scales fp16 [
 Both are packed along N: field i of a word (bits 4i … 4i + 3) holds column (0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight. z is stored plainly.
 """
 
-from dataclasses import dataclass
-
 import torch
 from qzo_kernels.pack import pack_codes, unpack_codes
 
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.uniform import (
-    CPU, LayerTensors, Moved, check_bits, check_group_size, empty_codes, fill_codes, finite_scales, plain_zeros, raw_config, read_tensor,
+    CPU, LayerTensors, Moved, Quantization, check_bits, check_group_size, empty_codes, fill_codes, finite_scales, plain_zeros, raw_config,
+    read_tensor,
 )  # fmt: skip
 
 VERSIONS = ("awq",)
@@ -21,21 +20,7 @@ PARTS = (CODES, SCALES, "qzeros")
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
-@dataclass(frozen=True)
-class AwqConfig:
-    """What quantization_config says. group_size -1 means one group per row of K."""
-
-    group_size: int
-    sym: bool = False
-    bits: int = 4
-    desc_act: bool = False
-    version: str = "awq"
-
-    def group(self, cols: int) -> int:
-        return cols if self.group_size == -1 else self.group_size
-
-
-def read_config(folder: Folder) -> AwqConfig | None:
+def read_config(folder: Folder) -> Quantization | None:
     """The quantization of a folder, None where it is not quantized. Raises BadInput for a layout not understood."""
     found = raw_config(folder)
     if found is None:
@@ -47,10 +32,10 @@ def read_config(folder: Folder) -> AwqConfig | None:
         raise BadInput(where, f"AWQ in the layout {layout!r}", "gemm", "Quantize with version gemm, or convert it with autoawq.")
     check_bits(where, raw.get("bits"), (4,), "4, the only width of AWQ gemm")
     check_group_size(where, raw.get("group_size"))
-    return AwqConfig(raw["group_size"], not raw.get("zero_point", True))
+    return Quantization(4, raw["group_size"], not raw.get("zero_point", True), version="awq")
 
 
-def shape(folder: Folder, name: str, config: AwqConfig) -> tuple[int, int]:
+def shape(folder: Folder, name: str, config: Quantization) -> tuple[int, int]:
     """[N, K] of the Linear `name`."""
     cols, words = folder.shape(f"{name}.{CODES}")
     return words * 8, cols
@@ -69,7 +54,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return pack_codes(fields.reshape(codes.shape[1], -1), 4)
 
 
-def read_layer(folder: Folder, name: str, config: AwqConfig, rows: int, cols: int, device: torch.device = CPU) -> LayerTensors:
+def read_layer(folder: Folder, name: str, config: Quantization, rows: int, cols: int, device: torch.device = CPU) -> LayerTensors:
     """The Linear `name` (K = cols -> N = rows) of a checkpoint, unpacked on `device`. Raises BadInput for wrong shapes."""
     if rows % 8:
         raise BadInput(f"{folder.path}, {name}.{CODES}", f"{rows} output channels", "a multiple of 8, as AWQ packs them")
@@ -94,7 +79,7 @@ def scale_dtype(folder: Folder, name: str) -> torch.dtype:
     return folder.read(f"{name}.{SCALES}").dtype
 
 
-def written(folder: Folder, name: str, part: str, config: AwqConfig, version: str, moved: Moved) -> torch.Tensor:
+def written(folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved) -> torch.Tensor:
     """The tensor `name.part` of an export."""
     if part == SCALES and moved.scales is not None:
         return moved.scales.t()
@@ -103,7 +88,7 @@ def written(folder: Folder, name: str, part: str, config: AwqConfig, version: st
     return folder.read(f"{name}.{part}")
 
 
-def documents(folder: Folder, config: AwqConfig, version: str) -> tuple[dict, dict[str, dict]]:
+def documents(folder: Folder, config: Quantization, version: str) -> tuple[dict, dict[str, dict]]:
     """(quantization_config of an export, further JSON files by name)."""
     beside = "quantize_config.json"
     return raw_config(folder)[0], {beside: folder.read_json(beside)} if (folder.path / beside).exists() else {}

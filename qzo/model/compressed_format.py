@@ -6,16 +6,14 @@ W[n, k] = weight_scale[n, g]·(q - z). q and z are signed and stored plus 2**(bi
 and a symmetric layer (z = 0) reads as a zero of 2**(bits - 1).
 """
 
-from dataclasses import dataclass
-
 import torch
 from qzo_kernels.pack import pack_codes, packed_words, unpack_codes
 
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.uniform import (
-    CPU, LayerTensors, Moved, check_bits, check_group_size, empty_codes, fill_codes, finite_scales, in_order, permutation, plain_zeros, raw_config,
-    read_tensor,
+    CPU, LayerTensors, Moved, Quantization, check_bits, check_group_size, empty_codes, fill_codes, finite_scales, in_order, permutation, plain_zeros,
+    raw_config, read_tensor,
 )  # fmt: skip
 
 VERSIONS = ("compressed-tensors",)
@@ -24,21 +22,7 @@ PARTS = (CODES, SCALES, "weight_shape", "weight_zero_point", "weight_g_idx")
 LAYOUT = "pack-quantized"
 
 
-@dataclass(frozen=True)
-class CompressedConfig:
-    """The one group of quantization_config. group_size -1 means one group per row of K (strategy channel)."""
-
-    bits: int
-    group_size: int
-    sym: bool = True
-    desc_act: bool = False
-    version: str = "compressed-tensors"
-
-    def group(self, cols: int) -> int:
-        return cols if self.group_size == -1 else self.group_size
-
-
-def read_config(folder: Folder) -> CompressedConfig | None:
+def read_config(folder: Folder) -> Quantization | None:
     """The quantization of a folder, None where it is not quantized. Raises BadInput, by name, for what is not understood."""
     found = raw_config(folder)
     if found is None:
@@ -67,7 +51,7 @@ def read_config(folder: Folder) -> CompressedConfig | None:
     return _weights(group.get("weights"), f"{where}, weights")
 
 
-def _weights(weights: object, where: str) -> CompressedConfig:
+def _weights(weights: object, where: str) -> Quantization:
     if not isinstance(weights, dict):
         raise BadInput(where, type(weights).__name__, "an object")
     strategy = weights.get("strategy") or ("channel" if weights.get("group_size") in (None, -1) else "group")
@@ -81,16 +65,16 @@ def _weights(weights: object, where: str) -> CompressedConfig:
     size = weights.get("group_size") if strategy == "group" else -1
     check_group_size(where, size)
     reordered = weights.get("actorder") in ("group", "dynamic", True)
-    return CompressedConfig(weights["num_bits"], size, bool(weights.get("symmetric", True)), reordered)
+    return Quantization(weights["num_bits"], size, bool(weights.get("symmetric", True)), reordered, "compressed-tensors")
 
 
-def shape(folder: Folder, name: str, config: CompressedConfig) -> tuple[int, int]:
+def shape(folder: Folder, name: str, config: Quantization) -> tuple[int, int]:
     """[N, K] of the Linear `name`; K as its words hold it, up to the rest of the last one."""
     rows, words = folder.shape(f"{name}.{CODES}")
     return rows, words * 32 // config.bits
 
 
-def read_layer(folder: Folder, name: str, config: CompressedConfig, rows: int, cols: int, device: torch.device = CPU) -> LayerTensors:
+def read_layer(folder: Folder, name: str, config: Quantization, rows: int, cols: int, device: torch.device = CPU) -> LayerTensors:
     """The Linear `name` (K = cols -> N = rows) of a checkpoint, unpacked on `device`. Raises BadInput for wrong shapes."""
     size, bits = config.group(cols), config.bits
     groups = -(-cols // size)
@@ -123,7 +107,7 @@ def scale_dtype(folder: Folder, name: str) -> torch.dtype:
     return folder.read(f"{name}.{SCALES}").dtype
 
 
-def written(folder: Folder, name: str, part: str, config: CompressedConfig, version: str, moved: Moved) -> torch.Tensor:
+def written(folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved) -> torch.Tensor:
     """The tensor `name.part` of an export."""
     if part == SCALES and moved.scales is not None:
         return moved.scales
@@ -133,6 +117,6 @@ def written(folder: Folder, name: str, part: str, config: CompressedConfig, vers
     return folder.read(f"{name}.{part}")
 
 
-def documents(folder: Folder, config: CompressedConfig, version: str) -> tuple[dict, dict[str, dict]]:
+def documents(folder: Folder, config: Quantization, version: str) -> tuple[dict, dict[str, dict]]:
     """(quantization_config of an export, further JSON files by name)."""
     return raw_config(folder)[0], {}

@@ -11,23 +11,7 @@ import torch
 from qzo.errors import BadInput
 from qzo.model import awq_format, compressed_format, gptq_format
 from qzo.model.files import Folder
-from qzo.model.uniform import LayerTensors, Moved, raw_config
-
-
-class Quantization(Protocol):
-    """What a config says of every format; `version` is the name under --format that writes the same one again.
-
-    sym: zeros are 2**(bits - 1) everywhere; desc_act: columns are reordered.
-    """
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-    version: str
-
-    def group(self, cols: int) -> int:
-        """Columns per scale of a weight with `cols`."""
+from qzo.model.uniform import LayerTensors, Moved, Quantization, raw_config
 
 
 class Format(Protocol):

@@ -13,8 +13,8 @@ from qzo_kernels.pack import pack_codes, packed_words, unpack_codes
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.uniform import (
-    CPU, LayerTensors, Moved, check_bits, check_group_size, empty_codes, fill_codes, finite_scales, in_order, permutation, plain_zeros, raw_config,
-    read_tensor,
+    CPU, LayerTensors, Moved, Quantization, check_bits, check_group_size, empty_codes, fill_codes, finite_scales, in_order, permutation, plain_zeros,
+    raw_config, read_tensor,
 )  # fmt: skip
 
 BITS = (2, 3, 4, 8)
@@ -27,21 +27,14 @@ _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 @dataclass(frozen=True)
-class GptqConfig:
-    """What quantize_config.json says. group_size -1 means one group per row of K."""
+class GptqConfig(Quantization):
+    """What quantize_config.json says."""
 
-    bits: int
-    group_size: int
-    sym: bool = True
-    desc_act: bool = False
     version: str = "gptq"
 
     @property
     def v2(self) -> bool:
         return self.version == "gptq_v2"
-
-    def group(self, cols: int) -> int:
-        return cols if self.group_size == -1 else self.group_size
 
     def to_dict(self) -> dict:
         """The keys that GPTQ readers look for."""

@@ -12,6 +12,22 @@ from qzo.model.files import Folder
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """What a config says of every format. group_size -1: one group per row of K; sym: zeros are 2**(bits - 1) everywhere; desc_act: columns
+    are reordered; version: the name under --format that writes the same one again."""
+
+    bits: int
+    group_size: int
+    sym: bool = True
+    desc_act: bool = False
+    version: str = ""
+
+    def group(self, cols: int) -> int:
+        """Columns per scale of a weight with `cols`."""
+        return cols if self.group_size == -1 else self.group_size
+
+
 @dataclass
 class LayerTensors:
     """One quantized Linear as qzo keeps it: W[n, k] = scales[n, k // group_size]·(code - zero), columns sorted by group.
