@@ -38,16 +38,17 @@ def _kept(shapes: Shapes, offload: str, device: str) -> Shapes:
 
 
 class Fit:
-    """A recipe against its device, from the shapes in the model's folder and the encoded training examples.
+    """A recipe against its device, from the shapes in the model's folder, the encoded training examples and the number of evaluated ones.
 
     `micro` is the number of examples per forward: the recipe's; that of the run which goes on, `begun`; or the batch halved until
     the estimate fits.
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Folder, quantization: Quantization, encoded: Sequence[Encoded], generation: bool, begun: int | None = None
+        self, recipe: Recipe, folder: Folder, quantization: Quantization, encoded: Sequence[Encoded], evaluated: int, generation: bool,
+        begun: int | None = None,
     ):  # fmt: skip
-        self.recipe, self.examples, self.generation = recipe, len(encoded), generation
+        self.recipe, self.evaluated, self.generation = recipe, evaluated, generation
         self.one = largest(encoded)
         quzo = recipe.method == "quzo"
         self.whole = replace(Shapes.of(folder, quantization), noisy_codes=quzo, residuals=quzo and recipe.feedback)
@@ -73,13 +74,13 @@ class Fit:
 
     def _work(self, examples: int, variants: int = 1) -> Work:
         one = self.one
-        return Work(min(examples, self.examples) * one.rows, one.length, examples * one.predictions, variants)
+        return Work(examples * one.rows, one.length, examples * one.predictions, variants)
 
     def estimate(self, micro: int | None = None, stacked: bool | None = None, offload: str | None = None) -> Estimate:
         """With `micro` examples per forward, both signs stacked or not, and what stays on the host (default: as the run will)."""
         micro = self.micro if micro is None else micro
         variants = self._variants(self.recipe.stacked if stacked is None else stacked)
-        evaluation = self._work(evaluation_size(self.one, micro, variants))
+        evaluation = self._work(min(evaluation_size(self.one, micro, variants), self.evaluated))
         if self.generation:
             evaluation = _generating(evaluation)
         step = self._work(micro, variants)

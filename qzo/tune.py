@@ -65,7 +65,7 @@ class Tuner:
         threads = recipe.threads or (header["threads"] if header else None)
         if threads:
             torch.set_num_threads(threads)
-        self.fit = Fit(recipe, model, quantization, self.train, self.task.generation, header and header["micro_batch"])
+        self.fit = Fit(recipe, model, quantization, self.train, len(self.validation), self.task.generation, header and header["micro_batch"])
         self.fit.check()
         memory.restrict(self.fit.device, recipe.device_memory)
         self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload, recipe.activations)
@@ -212,7 +212,8 @@ class Tuner:
 
         scores = evaluate_task(self.loaded.model, self.tokenizer, self.task, self.validation, self.max_length, self.fit.evaluation, shown)
         progress.close()
-        moved = {target.name: found for target in self.targets if (found := target.statistics())}
+        at = torch.tensor([self.recipe.seed, self.optimizer.steps], device=self.loaded.device)
+        moved = {target.name: found for target in self.targets if (found := target.statistics(at))}
         metrics.write({"after": self.optimizer.steps, "evaluation": scores, "peak_memory": memory.peak(self.loaded.device), **moved})
         return scores
 

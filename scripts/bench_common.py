@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qzo.data.permutation import permutation
+from qzo.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS = 20, 100, 0.4
 
@@ -30,6 +33,15 @@ def commit() -> str:
     """The commit that is measured: QZO_COMMIT where the tree is a copy without its history."""
     run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return os.environ.get("QZO_COMMIT") or run.stdout.strip()
+
+
+def dev_split(recipe: Recipe, count: int, folder: Path) -> None:
+    """The recipe's own training examples as train.jsonl, the next `count` of the same order as the evaluation split."""
+    lines = (Path(recipe.data) / f"{recipe.train_split}.jsonl").read_text("utf-8").splitlines()
+    order = permutation(0, 0, len(lines), "data/subset")
+    parts = {recipe.train_split: order[: recipe.train_examples], recipe.eval_split: order[recipe.train_examples :][:count]}
+    for split, indices in parts.items():
+        (folder / f"{split}.jsonl").write_text("".join(lines[i] + "\n" for i in indices), "utf-8")
 
 
 def device_name(device: torch.device) -> str:

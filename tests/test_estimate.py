@@ -48,7 +48,7 @@ def test_estimate_is_near_the_measured_peak(row):
     """Within a thirtieth, of whole runs on an H200; asked is a tenth."""
     length, micro, variants = int(row["size"].split("x")[1]), int(row["micro"]), 2 if "stacked" in row["keys"] else 1
     step = Work(micro, length, 4 * micro, variants)
-    examples = evaluation_size(replace(step, rows=1), micro, variants)
+    examples = min(evaluation_size(replace(step, rows=1), micro, variants), script("bench_memory").EVALUATED)
     found = estimate(shapes_of(row), step, Work(examples, length, 4 * examples), torch.bfloat16, "cuda")
     assert abs(found.peak / 1e9 / row["peak_gb"] - 1) < 1 / 30
 
@@ -93,8 +93,8 @@ def fit(recipe, monkeypatch):
         monkeypatch.setattr("qzo.fit.available", lambda *_: available)
         loaded = load_recipe(recipe, overrides)
         folder, quantization = quantized_folder(loaded)
-        train, _, task = load_data(loaded, load_tokenizer(folder), folder.fit_length(loaded.max_length))
-        return Fit(loaded, folder, quantization, train, task.generation)
+        train, validation, task = load_data(loaded, load_tokenizer(folder), folder.fit_length(loaded.max_length))
+        return Fit(loaded, folder, quantization, train, len(validation), task.generation)
 
     return make
 

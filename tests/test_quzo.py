@@ -19,6 +19,7 @@ from qzo.quantize import quantize_model
 from qzo.rebuild import load_run, tuned_state
 from qzo.recipe import load_recipe
 from qzo.tune import Tuner
+from qzo.zo.quantized import gain
 
 QUZO = {"method": "quzo", "eps": 0.5, "lr": 0.3, "stacked": True}
 KINDS = {
@@ -111,6 +112,7 @@ def test_codes_stay_on_their_grid_and_metrics_say_so(tuner, tmp_path):
         assert int(q.min()) >= 0 and int(q.max()) <= 15
     first, *_, last = [m["codes"] for m in read_metrics(tmp_path / "run/metrics.jsonl") if "evaluation" in m]
     assert first["saturated"] < last["saturated"] <= 1 and last["residual_bytes"] == 2 * last["codes"]
+    assert first["noise"] != last["noise"] and all(abs(m["noise"]["mean_square"] / gain(4) - 1) < 0.2 for m in (first, last))
     assert (last["smallest"], last["largest"]) == (0, 15) and first["residual_mean_square"] == 0 < last["residual_mean_square"]
 
 

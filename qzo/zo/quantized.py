@@ -12,10 +12,14 @@ import functools
 import math
 
 import torch
+from qzo_kernels import ops_noisy
 from qzo_kernels.reference_codes import CLIP
 from qzo_kernels.reference_noise import normal_table
 from torch import Tensor
 
+from qzo.zo.targets import TensorInfo
+
+_SAMPLE = 1 << 20  # elements
 STREAMS = {"rge1": 1, "rge2": 2}  # the rounding that an estimator's update uses; forwards use 1
 
 
@@ -73,6 +77,16 @@ def walk(rate: float, steps: int, noise_bits: int) -> float:
     values, chances = _levels(noise_bits)
     part = (rate * values).abs() % 1
     return math.sqrt(steps * float((chances * part * (1 - part)).sum()))
+
+
+def sampled(info: TensorInfo, state: Tensor, noise_bits: int) -> dict[str, float]:
+    """What the first million elements of a tensor draw at state int64 [2] = (seed, step), in direction 0: mean and mean square of v1
+    (expected: 0 and `gain`), mean of v1 v2 (`agreement`), share of v1 at the last level either way."""
+    rows, cols = min(info.shape[0], -(-_SAMPLE // info.shape[1])), info.shape[1]
+    at = torch.cat((state, state.new_zeros(1)))
+    v1, v2 = (ops_noisy.code_noise(rows, cols, at, info.uid, noise_bits, stream).float() * level(noise_bits) for stream in STREAMS.values())
+    means = torch.stack((v1.mean(), v1.square().mean(), (v1 * v2).mean(), (v1.abs() >= CLIP).float().mean()))
+    return dict(zip(("mean", "mean_square", "agreement", "at_the_clip"), means.tolist(), strict=True))
 
 
 def _top(noise_bits: int) -> int:

@@ -8,7 +8,8 @@ from qzo_kernels.pack import tile_codes, untile_codes
 from qzo_kernels.reference_codes import CLIP, quantized_normal, rounded, update_codes_
 from qzo_kernels.reference_noise import integer_normal, uniform24
 
-from qzo.zo.quantized import agreement, gain, mean_move, signal_to_noise, unit, walk
+from qzo.zo.quantized import _levels, agreement, gain, mean_move, sampled, signal_to_noise, unit, walk
+from qzo.zo.targets import TensorInfo
 
 SEED, UID, DIRECTIONS, DIMENSIONS = 17, 0xC0DE, 1024, 4096
 # noise_bits: E[v^2], signal-to-noise of Q-RGE2, as simulated before the closed forms were written
@@ -175,3 +176,16 @@ def test_other_estimators_are_refused():
     for function in (unit, signal_to_noise):
         with pytest.raises(ValueError, match="'rge3'; expected rge1"):
             function(4, "rge3")
+
+
+@ALL_BITS
+def test_sampled_noise_has_the_moments_of_the_closed_forms(noise_bits):
+    """Within 5 standard deviations of a mean over a million elements; another step draws other noise."""
+    info, sure = TensorInfo("t/codes", 77, (4096, 300), float("-inf")), 5 / 1e3
+    found = sampled(info, torch.tensor([3, 5]), noise_bits)
+    _, chances = _levels(noise_bits)
+    assert abs(found["mean"]) < sure * gain(noise_bits) ** 0.5 and abs(found["at_the_clip"] - chances[[0, -1]].sum()) < sure
+    # v is at most 4 in size.
+    most = sure * 4 * gain(noise_bits) ** 0.5
+    assert abs(found["mean_square"] - gain(noise_bits)) < most and abs(found["agreement"] - agreement(noise_bits)) < most
+    assert found != sampled(info, torch.tensor([3, 6]), noise_bits)

@@ -53,8 +53,8 @@ class Target(Protocol):
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None: ...
 
-    def statistics(self) -> dict[str, Any]:
-        """What is worth knowing of the tensors now, as JSON; empty where nothing is."""
+    def statistics(self, state: torch.Tensor) -> dict[str, Any]:
+        """What is worth knowing of the tensors now and of the noise of state int64 [2] = (seed, step), as JSON; empty where nothing is."""
         ...
 
     def warning(self, coef: float, steps: int) -> str | None:

@@ -17,7 +17,7 @@ from qzo_kernels.pack import untile_codes
 
 from qzo.model.linear import QuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
-from qzo.zo.quantized import STREAMS, level, mean_move, unit
+from qzo.zo.quantized import STREAMS, level, mean_move, sampled, unit
 from qzo.zo.targets import TensorInfo
 
 
@@ -80,8 +80,9 @@ class Codes:
         for name, value in self.state().items():
             value.copy_(tensors[name])
 
-    def statistics(self) -> dict[str, Any]:
-        """Where the codes are: the smallest and the largest, the share at either end of the grid; the residuals' mean square, in grid steps."""
+    def statistics(self, state: torch.Tensor) -> dict[str, Any]:
+        """Where the codes are: the smallest and the largest, the share at either end of the grid; the residuals' mean square, in grid steps;
+        the noise of the first layer."""
         top, low, high, edge, count, square = (1 << self.bits) - 1, [], [], 0, 0, 0.0
         for info, layer in zip(self._info, self.layers.values(), strict=True):
             q = untile_codes(layer.codes, self.bits, info.shape[1])
@@ -92,6 +93,7 @@ class Codes:
             if (residual := self._residuals[info.name]) is not None:
                 square += float(residual.double().square().sum()) / 2.0**32
         found = {"codes": count, "smallest": min(low), "largest": max(high), "saturated": edge / count}
+        found["noise"] = sampled(self._info[0], state, self.noise_bits)
         return found | ({"residual_mean_square": square / count, "residual_bytes": 2 * count} if self.feedback else {})
 
     def warning(self, coef: float, steps: int) -> str | None:

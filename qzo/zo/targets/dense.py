@@ -92,7 +92,7 @@ class Dense:
             master.data.copy_(tensors[name])
         self._publish()
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self, state: torch.Tensor) -> dict[str, Any]:
         return {}
 
     def warning(self, coef: float, steps: int) -> str | None:

@@ -155,8 +155,10 @@ class Lora:
         for name, value in self.state().items():
             value.copy_(tensors[name])
 
-    def statistics(self) -> dict[str, Any]:
-        return {}
+    def statistics(self, state: Tensor) -> dict[str, Any]:
+        """Root mean squares of all A and of all B, and the noise of the first A."""
+        size = {part: math.sqrt(torch.cat([v.flatten() for v in self._parameters[i::2]]).double().square().mean()) for i, part in enumerate("AB")}
+        return {"rms": size, "noise": quantized.sampled(self._info[0], state, self.noise_bits)}
 
     def warning(self, coef: float, steps: int) -> str | None:
         return None

@@ -73,7 +73,7 @@ class Scales:
         for name, layer in self.layers.items():
             layer.scales.data.copy_(tensors[name])
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self, state: torch.Tensor) -> dict[str, Any]:
         return {}
 
     def warning(self, coef: float, steps: int) -> str | None:
