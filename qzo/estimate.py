@@ -72,6 +72,7 @@ class Shapes:
     quantization: Quantization
     config: dict
     streamed: bool = False  # the codes of the decoder layers lie in host memory, but for those of two
+    embedded: bool = False  # a batch comes with its rows of embeddings, from host memory
     noisy_codes: bool = False  # forwards go through the scratch, for the noise is on the codes
     residuals: bool = False  # 2 bytes beside each code
 
@@ -168,11 +169,12 @@ def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dic
     # The residual and its norm stay while the attention holds its inputs before and after the rotation, or the MLP three tensors.
     per_token = 2 * hidden + max(2 * (queries + keys) + keys, 3 * inner)
     cache = 2 * keys * shapes.config["num_hidden_layers"] * work.rows * work.cached
+    embedded = shapes.embedded * hidden * work.tokens * (1 + work.variants)  # as they come, and for every variant
     scored = min(work.predictions, max(1, HEAD_POSITIONS // work.variants)) * work.variants
     widest = max(linear.rows * linear.cols for linear in shapes.linears)
     return {
         "scratch": widest * size * _dequantizes(shapes, work, dtype, device),
-        "activations": int(_HOLES * per_token * work.tokens * work.variants + cache) * size,
+        "activations": int(_HOLES * per_token * work.tokens * work.variants + cache + embedded) * size,
         # As the head gives them, in fp32, and the exponentials of the sum.
         "logits": scored * shapes.config["vocab_size"] * (size + 8),
     }

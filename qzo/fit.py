@@ -32,9 +32,9 @@ def _generating(prompts: Work) -> Work:
 
 def _kept(shapes: Shapes, offload: str, device: str) -> Shapes:
     """With what `offload` leaves on the host."""
-    shared = shapes.config.get("tie_word_embeddings")
-    others = {name: count for name, count in shapes.others.items() if offload == "none" or shared or "embed_tokens" not in name}
-    return replace(shapes, others=others, streamed=offload == "codes" and device == "cuda")
+    embedded = offload != "none" and not shapes.config.get("tie_word_embeddings")
+    others = {name: count for name, count in shapes.others.items() if not (embedded and "embed_tokens" in name)}
+    return replace(shapes, others=others, embedded=embedded, streamed=offload == "codes" and device == "cuda")
 
 
 class Fit:

@@ -40,17 +40,17 @@ def shapes_of(row: dict) -> Shapes:
             linears.append(Linear(*shape, int(name.split(".")[2])))
         elif "embed_tokens" not in name or "offload" not in row["keys"]:
             others[name] = torch.Size(shape).numel()
-    return Shapes(tuple(linears), others, GptqConfig(row["bits"], 128), config, "offload=codes" in row["keys"])
+    return Shapes(tuple(linears), others, GptqConfig(row["bits"], 128), config, "offload=codes" in row["keys"], "offload" in row["keys"])
 
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: "-".join(str(row[key]) for key in ("model", "bits", "size", "limit_gb", "keys")))
 def test_estimate_is_near_the_measured_peak(row):
-    """Within a thirtieth, of whole runs on an H200; asked is a tenth."""
+    """Within a twentieth, of whole runs on an H200; asked is a tenth."""
     length, micro, variants = int(row["size"].split("x")[1]), int(row["micro"]), 2 if "stacked" in row["keys"] else 1
     step = Work(micro, length, 4 * micro, variants)
     examples = min(evaluation_size(replace(step, rows=1), micro, variants), script("bench_memory").EVALUATED)
     found = estimate(shapes_of(row), step, Work(examples, length, 4 * examples), torch.bfloat16, "cuda")
-    assert abs(found.peak / 1e9 / row["peak_gb"] - 1) < 1 / 30
+    assert abs(found.peak / 1e9 / row["peak_gb"] - 1) < 1 / 20
 
 
 
