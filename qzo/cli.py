@@ -163,8 +163,9 @@ def _export(args: argparse.Namespace) -> None:
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
     print(f"{args.out}: {summary['format']}, {summary['steps']} steps applied")
-    print(f"reloaded: logits {same}; rounding scales to {summary['scales']} moves a scale by at most {summary['rounding']:.2g} of itself "
-          f"and a logit by at most {checked['rounding_difference']:.3g} (largest logit {checked['largest_logit']:.3g})")  # fmt: skip
+    rounding = f"; rounding scales to {summary['scales']} moves a scale by at most {summary['rounding']:.2g} of itself and a logit by at most "
+    rounding += f"{checked['rounding_difference']:.3g} (largest logit {checked['largest_logit']:.3g})"
+    print(f"reloaded: logits {same}{rounding if summary['scales'] else ''}")
 
 
 def _add_replay(verbs: argparse._SubParsersAction) -> None:

@@ -60,7 +60,7 @@ def test_a_run_replays_resumes_and_exports(kind, tuner, llama4, tmp_path, capsys
         state = tuned_state(str(tmp_path / "run"), Folder(llama4), torch.device("cpu"), None, snapshots)[1]
         assert state_hash(state) == state_hash(run._state())
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
-    assert "logits equal" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == "reloaded: logits equal"
     out = load_model(str(tmp_path / "out"), "cpu", "fp32")
     for name, layer in run.loaded.layers.items():
         assert torch.equal(out.layers[name].codes, layer.codes) and torch.equal(out.layers[name].scales, layer.scales)
@@ -135,7 +135,7 @@ def test_every_kind_of_checkpoint(bits, act_order, llama16, sentiment, tmp_path,
         if bits != 3 else quantize_model(str(llama16), tmp_path / "model", "rtn", 4, -1, device="cpu")
     path = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", sentiment, **QUZO)
     assert main(["tune", path]) == 0 and main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
-    assert "logits equal" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == "reloaded: logits equal"
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "dense"), "--format", "hf"]) == 0
     dense, tuned = load_model(str(tmp_path / "dense"), "cpu", "fp32"), load_run(str(tmp_path / "run"), "cpu", "fp32")[0]
     for name, layer in tuned.layers.items():
@@ -192,7 +192,7 @@ def test_codes_go_back_to_the_format_that_they_came_from(make, llama16, sentimen
     folder, _ = make(llama16, tmp_path / "model")
     assert main(["tune", write_recipe(tmp_path / "recipe.yaml", folder, sentiment, **{**QUZO, "lr": 1e3})]) == 0
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
-    assert "logits equal" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == "reloaded: logits equal"
     out, tuned, base = load_model(str(tmp_path / "out"), "cpu", "fp32"), load_run(str(tmp_path / "run"), "cpu", "fp32")[0], load_model(str(folder), "cpu", "fp32")
     for name, layer in tuned.layers.items():
         assert torch.equal(out.layers[name].codes, layer.codes)

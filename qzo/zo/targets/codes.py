@@ -17,7 +17,7 @@ from qzo_kernels.pack import untile_codes
 
 from qzo.model.linear import QuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
-from qzo.zo.quantized import STREAMS, level, mean_move, sampled, unit
+from qzo.zo.quantized import STREAMS, level, mean_move, sampled, unit, walk
 from qzo.zo.targets import TensorInfo
 
 
@@ -102,16 +102,18 @@ class Codes:
         None where codes move, and stay on their grid.
         """
         move, top = coef * mean_move(self.noise_bits) / level(self.noise_bits), (1 << self.bits) - 1
-        said = f"a step moves a code by {move:.2g} of a grid step, {steps} steps by {move * steps:.2g} at most"
+        chance, rounding = move * steps**0.5, walk(coef / level(self.noise_bits), steps, self.noise_bits)
+        said = f"a step moves a code by {move:.2g} of a grid step, {steps} steps by {move * steps:.2g} at most and {chance:.2g} by chance"
         if self.feedback and move * steps < 0.5:
             return f"{said}: no code will ever change. Raise lr."
-        if not self.feedback and move * steps < 1e-3:
+        # Half a step is beyond four standard deviations; or one rounding in a thousand goes up.
+        if 4 * chance < 0.5 if self.feedback else move * steps < 1e-3:
             return f"{said}: hardly a code will ever change. Raise lr."
-        walk = (move * steps) ** 0.5
-        if not self.feedback and walk > top / 4:
-            return f"{said}; its rounding alone moves it by {walk:.2g}, of a grid of {top} steps. Use feedback: true, or lower lr."
-        if move * steps**0.5 > top / 4:
-            return f"{said}, and {move * steps**0.5:.2g} by chance, of a grid of {top} steps: codes will pile up at its ends. Lower lr."
+        # A sixteenth of the grid is one step of 4 bits: as much as quantizing again.
+        if not self.feedback and rounding > top / 16:
+            return f"{said}; its rounding alone moves it by {rounding:.2g}, of a grid of {top} steps. Use feedback: true, or lower lr."
+        if chance > top / 4:
+            return f"{said}, of a grid of {top} steps: codes will pile up at its ends. Lower lr."
         return None
 
 
