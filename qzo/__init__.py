@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 # Looked up on first use, so that `import qzo` and `qzo --help` stay fast.
 _PUBLIC = {
     "quantize_model": "qzo.quantize", "tune_model": "qzo.tune", "export_run": "qzo.export", "replay_run": "qzo.replay",
-    "load_model": "qzo.model.load", "evaluate_task": "qzo.evaluate", "perplexity": "qzo.evaluate",
+    "load_model": "qzo.model.load", "prepare": "qzo.model.prepare", "evaluate_task": "qzo.evaluate", "perplexity": "qzo.evaluate",
     "Recipe": "qzo.recipe", "load_recipe": "qzo.recipe", "ZO": "qzo.zo.optimizer", "Scales": "qzo.zo.targets.scales",
 }  # fmt: skip
 __all__ = list(_PUBLIC)
