@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from qzo.register import register as _register
+
 __version__ = "0.1.0"
 
 # Looked up on first use, so that `import qzo` and `qzo --help` stay fast.
@@ -17,3 +19,6 @@ def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'qzo' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+_register()

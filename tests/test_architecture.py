@@ -18,6 +18,7 @@ LAYERS = [
     {"recipe", "memory", "progress", "signals", "disk", "charts"},
     {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
+    {"register"},
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild", "report_html", "track"},
