@@ -18,7 +18,7 @@ LAYERS = [
     {"recipe", "memory", "progress", "signals", "disk", "charts"},
     {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
-    {"register"},
+    {"register", "trainer"},
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild", "report_html", "track"},
