@@ -113,6 +113,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad (default for a run: its own)")
     what.add_argument("--recipe", metavar="RECIPE", help="take task, data and split from a recipe")
     what.add_argument("--perplexity", metavar="FILE", help="a text file")
+    what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, and folders (./FOLDER) of such")
     p.add_argument("--data", metavar="FOLDER", help="folder of SPLIT.jsonl files, a .jsonl file, or a hub id")
     p.add_argument("--split", help="default: validation")
     p.add_argument("--limit", type=_positive, help="evaluate the first LIMIT examples")
@@ -133,16 +134,26 @@ def _positive(text: str) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from qzo.score import Question, score
-
-    fields = ("task", "recipe", "perplexity", "data", "split", "limit", "window", "limit_windows", "max_length", "batch_size")
-    figures = score(args.model, Question(**{name: getattr(args, name) for name in fields}), args.device, args.dtype)
+    figures = _measured(args)
     if args.json:
         import json
 
         print(json.dumps(figures))
     else:
-        print("\n".join(f"{key.replace('_', ' ')}: {_number(value)}" for key, value in figures.items()))
+        shown = {key if args.lm_eval else key.replace("_", " "): value for key, value in figures.items()}
+        print("\n".join(f"{key}: {_number(value)}" for key, value in shown.items()))
+
+
+def _measured(args: argparse.Namespace) -> dict[str, object]:
+    if args.lm_eval:
+        from qzo.harness import evaluate_harness
+
+        tasks = [task.strip() for task in args.lm_eval.split(",")]
+        return evaluate_harness(args.model, tasks, args.device, args.dtype, args.limit, args.batch_size, args.max_length)
+    from qzo.score import Question, score
+
+    fields = ("task", "recipe", "perplexity", "data", "split", "limit", "window", "limit_windows", "max_length", "batch_size")
+    return score(args.model, Question(**{name: getattr(args, name) for name in fields}), args.device, args.dtype)
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:

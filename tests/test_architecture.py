@@ -24,7 +24,7 @@ LAYERS = [
     {"rebuild", "report_html", "track"},
     {"report", "replay", "fit"},
     {"tune", "export"},
-    {"score", "plan", "doctor"},
+    {"score", "plan", "doctor", "harness"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
