@@ -161,19 +161,28 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     p.add_argument("run_folder", metavar="RUN")
     p.add_argument("-o", "--out", required=True, help="new folder for the model")
     p.add_argument("--format", choices=EXPORTS, help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")
+    p.add_argument("--push", metavar="REPO_ID", help="upload it to the Hugging Face Hub; a repository that must be private has to exist")
     p.set_defaults(run=_export, to=None, snapshots=True)
 
 
 def _export(args: argparse.Namespace) -> None:
     from qzo.export import export_run, verify
+    from qzo.hub import check_push, push
 
-    summary = export_run(args.run_folder, args.out, args.format, args.to, args.snapshots)
-    checked = verify(args.run_folder, args.out, to=args.to)
+    if args.push:
+        check_push(args.push)
+    summary = export_run(args.run_folder, args.out, args.format, args.to, args.snapshots, args.push)
+    _say_exported(args.out, summary, verify(args.run_folder, args.out, to=args.to))
+    if args.push:
+        print(f"pushed: {push(args.out, args.push)}")
+
+
+def _say_exported(out: str, summary: dict, checked: dict) -> None:
     if not checked:
-        print(f"{args.out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
+        print(f"{out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
-    print(f"{args.out}: {summary['format']}, {summary['steps']} steps applied")
+    print(f"{out}: {summary['format']}, {summary['steps']} steps applied")
     print(f"reloaded: logits {same}; rounding scales to {summary['scales']} moves a scale by at most {summary['rounding']:.2g} of itself "
           f"and a logit by at most {checked['rounding_difference']:.3g} (largest logit {checked['largest_logit']:.3g})")  # fmt: skip
 
@@ -194,7 +203,7 @@ def _replay(args: argparse.Namespace) -> None:
     for line in replay_run(args.run_folder, args.to, args.verify, args.device):
         print(line)
     if args.out:
-        _export(argparse.Namespace(run_folder=args.run_folder, out=args.out, format=None, to=args.to, snapshots=False))
+        _export(argparse.Namespace(run_folder=args.run_folder, out=args.out, format=None, to=args.to, snapshots=False, push=None))
 
 
 def _add_recipes(verbs: argparse._SubParsersAction) -> None:

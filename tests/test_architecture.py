@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild", "report_html", "track"},
     {"report", "replay", "fit"},
+    {"card", "hub"},
     {"tune", "export"},
     {"score", "plan", "doctor", "harness"},
     {"cli"},
