@@ -11,6 +11,7 @@ _PUBLIC = {
     "quantize_model": "qzo.quantize", "tune_model": "qzo.tune", "export_run": "qzo.export", "replay_run": "qzo.replay",
     "load_model": "qzo.model.load", "prepare": "qzo.model.prepare", "evaluate_task": "qzo.evaluate", "perplexity": "qzo.evaluate",
     "Recipe": "qzo.recipe", "load_recipe": "qzo.recipe", "ZO": "qzo.zo.optimizer", "Scales": "qzo.zo.targets.scales",
+    "ZOTrainer": "qzo.trainer",
 }  # fmt: skip
 __all__ = list(_PUBLIC)
 

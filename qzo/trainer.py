@@ -56,8 +56,8 @@ class ZOTrainer(Trainer):
             given = getattr(self.args, name, None)
             if given not in (values if isinstance(values, tuple) else (values,)):
                 raise BadInput(f"TrainingArguments, {name}", str(given), f"{values}: a step here has no backward pass and runs in one process")
-        if self.zo.device != self.args.device:
-            raise BadInput("ZOTrainer, optimizers", f"a ZO on {self.zo.device}", str(self.args.device), "Make it when the model is there.")
+        if (now := self.zo.targets[0].parameters()[0].device) != self.zo.device:
+            raise BadInput("ZOTrainer, optimizers", f"a ZO on {self.zo.device}", str(now), "Make it when the model is there: model.to(...) first.")
         self.args.logging_nan_inf_filter = False  # it would show the mean of earlier steps for a loss that is not finite
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:

@@ -1,53 +1,14 @@
-"""`qzo evaluate --lm-eval`: the harness scores the live model as a plain loop does.
-
-The package (700 MB with what it needs) is used where it is installed; elsewhere a small one that has its interface.
-"""
+"""`qzo evaluate --lm-eval`: the harness scores the live model as a plain loop does."""
 
 import json
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from fake_harness import tasks  # noqa: F401
 
 from qzo.cli import main
 from qzo.model.load import load_model
 from qzo.rebuild import load_run
-
-TASK = """task: tiny_sentiment
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: {data}/validation.jsonl
-validation_split: validation
-output_type: multiple_choice
-doc_to_text: "{{{{sentence}}}} It was"
-doc_to_choice: ["terrible", "great"]
-doc_to_target: label
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-
-
-@pytest.fixture(autouse=True)
-def harness(monkeypatch):
-    if find_spec("lm_eval") is None:
-        monkeypatch.syspath_prepend(str(Path(__file__).parent / "fakes"))
-        for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
-            monkeypatch.delitem(sys.modules, name)
-
-
-@pytest.fixture
-def tasks(tmp_path, sentiment):
-    """A folder with one task."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "tiny.yaml").write_text(TASK.format(data=sentiment))
-    return folder
-
 
 def accuracy(loaded, sentiment, limit=None):
     """Of the two words after each prompt, by hand."""
@@ -68,7 +29,7 @@ def ask(*arguments):
 
 
 @pytest.mark.parametrize("limit", [None, 6])
-def test_a_run_and_its_base(limit, recipe, tasks, sentiment, llama4, tmp_path, capsys):
+def test_a_run_and_its_base(limit, recipe, tasks, sentiment, llama4, tmp_path, capsys):  # noqa: F811
     assert main(["tune", recipe, "steps=20", "lr=0.05", "eval_every=20"]) == 0
     limits = [] if limit is None else ["--limit", limit]
     found = {}
@@ -82,12 +43,12 @@ def test_a_run_and_its_base(limit, recipe, tasks, sentiment, llama4, tmp_path, c
     assert found["run"] != found["base"]
 
 
-def test_what_it_prints(tasks, llama4, capsys):
+def test_what_it_prints(tasks, llama4, capsys):  # noqa: F811
     assert ask(llama4, "--lm-eval", tasks, "--dtype", "fp32") == 0
     assert "tiny_sentiment acc: " in capsys.readouterr().out
 
 
-def test_wrong_tasks(tasks, llama4, tmp_path, capsys):
+def test_wrong_tasks(tasks, llama4, tmp_path, capsys):  # noqa: F811
     (tmp_path / "empty").mkdir()
     assert ask("nowhere", "--lm-eval", " , ") == 2
     assert "no task" in capsys.readouterr().err

@@ -139,6 +139,10 @@ def test_another_optimizer_and_a_checkpoint_without_tuned_tensors_are_refused(ca
     for wrong in (torch.optim.SGD(first.scales.parameters(), 0.1), None, qzo.ZO([first.scales], stacked=True)):
         with pytest.raises(BadInput, match=f"optimizers: {type(wrong).__name__}; expected \\(a qzo.ZO that is not stacked"):
             ZOTrainer(first.model, first.arguments(), train_dataset=first.rows, optimizers=(wrong, None))
+    moved = case("moved")
+    moved.zo.device = torch.device("meta")
+    with pytest.raises(BadInput, match="optimizers: a ZO on meta; expected cpu.*model.to"):
+        moved.trainer()
     with pytest.raises(BadInput, match="no optimizer.pt and scheduler.pt"):
         first.trainer().train(resume_from_checkpoint=str(llama4))
 
