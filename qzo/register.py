@@ -7,7 +7,7 @@ Nothing is imported here: transformers may come later, or never.
 """
 
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -41,7 +41,7 @@ class _Watch:
         if name != TABLES:
             return None
         sys.meta_path.remove(_Watch)
-        spec = PathFinder.find_spec(name, path)
+        spec = find_spec(name)
         if spec and spec.loader:
             execute = spec.loader.exec_module
 

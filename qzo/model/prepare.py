@@ -45,10 +45,12 @@ def _kind(module: nn.Module) -> str:
 
 def _unprepared(model: nn.Module) -> BadInput:
     linears = [module for module in model.modules() if hasattr(module, "in_features")]
-    kinds = [_kind(module) for module in linears if type(module) is not nn.Linear]
+    kinds = sorted({_kind(module) for module in linears if type(module) is not nn.Linear})
+    if not kinds and getattr(model, "is_quantized", False):  # by transformers, which hides it in plain Linears
+        kinds = [str(getattr(model.quantization_method, "value", model.quantization_method))]
     known = ", ".join([*FORMATS, *CONVERT])
     if kinds:
-        return BadInput("prepare", f"quantized layers of another library ({', '.join(sorted(set(kinds)))})", f"layers of {known}",
+        return BadInput("prepare", f"quantized layers of another library ({', '.join(kinds)})", f"layers of {known}",
                         "Load the checkpoint with qzo.load_model(FOLDER).model.")  # fmt: skip
     return BadInput("prepare", f"a model with {len(linears)} Linears, none of them quantized", f"layers of {known}",
                     "Quantize it first: qzo quantize MODEL -o OUT, then qzo.load_model(OUT).model.")  # fmt: skip

@@ -53,7 +53,8 @@ class CheckpointQuantizer(HfQuantizer):
         tied = getattr(model, "all_tied_weights_keys", {})
         for name, _ in model.named_parameters():
             if name not in folder and name not in tied:
-                raise BadInput(str(self.path), f"no tensor {name}", "every tensor of the model", "The checkpoint is incomplete, or newer than this qzo.")
+                raise BadInput(str(self.path), f"no tensor {name}", "every tensor of the model",
+                               "The checkpoint is incomplete or newer than this qzo, or the model has another head than it.")  # fmt: skip
         parts = "|".join([*format_of(config).PARTS, "bias"])
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.({parts})$"}
 
@@ -80,6 +81,9 @@ class CheckpointQuantizer(HfQuantizer):
             for part in layout.PARTS:
                 if f"{name}.{part}" in folder:
                     state[f"{name}.{part}"] = layout.written(folder, name, part, config, config.version, moved)
+        for stored in folder.tensors:  # embeddings that were kept in host memory, biases of zeros
+            if stored not in state and f"model.{stored}" not in state:
+                state[stored] = folder.read(stored)
         return state, {}
 
     def is_serializable(self) -> bool:

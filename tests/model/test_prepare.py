@@ -53,6 +53,13 @@ def test_layers_of_another_library_are_named(kind):
         qzo.prepare(model)
 
 
+def test_layers_that_transformers_quantized_as_plain_linears():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.is_quantized, model.quantization_method = True, "compressed-tensors"
+    with pytest.raises(BadInput, match=r"another library \(compressed-tensors\).*qzo.load_model\(FOLDER\)"):
+        qzo.prepare(model)
+
+
 def test_layers_that_can_be_converted_are_replaced(model, monkeypatch):
     """The seam for other formats: a class by name, and a function of its modules."""
 

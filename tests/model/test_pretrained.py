@@ -69,6 +69,13 @@ def test_a_tuned_model_is_saved_as_an_ordinary_checkpoint(reader, folder, tmp_pa
         assert torch.equal(logits(again), logits(model))
 
 
+def test_embeddings_in_host_memory_are_saved_too(llama4, tmp_path):
+    load_model(str(llama4), "cpu", "fp32", "embeddings").model.save_pretrained(tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (llama4, tmp_path / "out"))
+    assert set(before) == set(after) and torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert torch.equal(logits(read(tmp_path / "out")), logits(read(llama4)))
+
+
 def test_an_export_generates(recipe, tmp_path):
     assert main(["tune", recipe]) == 0 and main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
