@@ -113,6 +113,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad (default for a run: its own)")
     what.add_argument("--recipe", metavar="RECIPE", help="take task, data and split from a recipe")
     what.add_argument("--perplexity", metavar="FILE", help="a text file")
+    what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, and folders (./FOLDER) of such")
     p.add_argument("--data", metavar="FOLDER", help="folder of SPLIT.jsonl files, a .jsonl file, or a hub id")
     p.add_argument("--split", help="default: validation")
     p.add_argument("--limit", type=_positive, help="evaluate the first LIMIT examples")
@@ -133,16 +134,26 @@ def _positive(text: str) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from qzo.score import Question, score
-
-    fields = ("task", "recipe", "perplexity", "data", "split", "limit", "window", "limit_windows", "max_length", "batch_size")
-    figures = score(args.model, Question(**{name: getattr(args, name) for name in fields}), args.device, args.dtype)
+    figures = _measured(args)
     if args.json:
         import json
 
         print(json.dumps(figures))
     else:
-        print("\n".join(f"{key.replace('_', ' ')}: {_number(value)}" for key, value in figures.items()))
+        shown = {key if args.lm_eval else key.replace("_", " "): value for key, value in figures.items()}
+        print("\n".join(f"{key}: {_number(value)}" for key, value in shown.items()))
+
+
+def _measured(args: argparse.Namespace) -> dict[str, object]:
+    if args.lm_eval:
+        from qzo.harness import evaluate_harness
+
+        tasks = [task.strip() for task in args.lm_eval.split(",")]
+        return evaluate_harness(args.model, tasks, args.device, args.dtype, args.limit, args.batch_size, args.max_length)
+    from qzo.score import Question, score
+
+    fields = ("task", "recipe", "perplexity", "data", "split", "limit", "window", "limit_windows", "max_length", "batch_size")
+    return score(args.model, Question(**{name: getattr(args, name) for name in fields}), args.device, args.dtype)
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
@@ -150,19 +161,28 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     p.add_argument("run_folder", metavar="RUN")
     p.add_argument("-o", "--out", required=True, help="new folder for the model")
     p.add_argument("--format", choices=EXPORTS, help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")
+    p.add_argument("--push", metavar="REPO_ID", help="upload it to the Hugging Face Hub; a repository that must be private has to exist")
     p.set_defaults(run=_export, to=None, snapshots=True)
 
 
 def _export(args: argparse.Namespace) -> None:
     from qzo.export import export_run, verify
+    from qzo.hub import check_push, push
 
-    summary = export_run(args.run_folder, args.out, args.format, args.to, args.snapshots)
-    checked = verify(args.run_folder, args.out, to=args.to)
+    if args.push:
+        check_push(args.push)
+    summary = export_run(args.run_folder, args.out, args.format, args.to, args.snapshots, args.push)
+    _say_exported(args.out, summary, verify(args.run_folder, args.out, to=args.to))
+    if args.push:
+        print(f"pushed: {push(args.out, args.push)}")
+
+
+def _say_exported(out: str, summary: dict, checked: dict) -> None:
     if not checked:
-        print(f"{args.out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
+        print(f"{out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
-    print(f"{args.out}: {summary['format']}, {summary['steps']} steps applied")
+    print(f"{out}: {summary['format']}, {summary['steps']} steps applied")
     rounding = f"; rounding scales to {summary['scales']} moves a scale by at most {summary['rounding']:.2g} of itself and a logit by at most "
     rounding += f"{checked['rounding_difference']:.3g} (largest logit {checked['largest_logit']:.3g})"
     print(f"reloaded: logits {same}{rounding if summary['scales'] else ''}")
@@ -184,7 +204,7 @@ def _replay(args: argparse.Namespace) -> None:
     for line in replay_run(args.run_folder, args.to, args.verify, args.device):
         print(line)
     if args.out:
-        _export(argparse.Namespace(run_folder=args.run_folder, out=args.out, format=None, to=args.to, snapshots=False))
+        _export(argparse.Namespace(run_folder=args.run_folder, out=args.out, format=None, to=args.to, snapshots=False, push=None))
 
 
 def _add_recipes(verbs: argparse._SubParsersAction) -> None:

@@ -10,6 +10,7 @@ import torch
 from qzo_kernels.pack import untile_codes
 from safetensors.torch import load_file
 
+from qzo.card import model_card
 from qzo.data.encode import leading_ids
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
@@ -26,8 +27,10 @@ from qzo.run import read_run, recipe_of, steps_to
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
 
 
-def export_run(run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True) -> dict:
-    """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`.
+def export_run(
+    run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True, name: str | None = None
+) -> dict:
+    """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`, with a model card for `name` (default: `out`'s).
 
     format: hf, or one that the base checkpoint's format can be written as (gptq and gptq_v2; otherwise its own); default:
     its own; for a run whose adapters moved peft, and no other. Returns the steps, the state and what rounding the scales changed. Raises BadInput for another format, and for
@@ -42,12 +45,14 @@ def export_run(run: str, out: str, format: str | None = None, to: int | None = N
     format = format or ("peft" if adapters else config.version)
     if format not in known:
         raise BadInput("--format", format, f"one of {', '.join(known)}", "This model's codes are kept in the layout that they have.")
+    card = model_card(run, header, folder, name or Path(out).name, format, steps)
     if adapters:
         state, recipe = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)[1], recipe_of(header, run)
-        write_peft(out, state, recipe.model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_layers)
+        write_peft(out, state, recipe.model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_layers, card)
         return {"steps": steps, "out": str(out), "format": format, "state": state}
     with FolderWriter(out) as writer, Progress("export", len(folder.tensors)) as progress:
         _, state = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)
+        writer.write_text("README.md", card)
         if format == "hf":
             _write_dense(folder, config, state, writer, progress)
         else:

@@ -12,12 +12,12 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def write_peft(
-    out: str | Path, state: dict[str, torch.Tensor], base: str, r: int, alpha: float, modules: Collection[str]
+    out: str | Path, state: dict[str, torch.Tensor], base: str, r: int, alpha: float, modules: Collection[str], card: str = ""
 ) -> Path:
     """Write adapter_config.json and adapter_model.safetensors (fp32) to the new folder `out`.
 
     state: `Lora.state()`, "<module>.lora_A/lora" [r, K] and "<module>.lora_B/lora" [N, r]; what other targets tuned is not in an
-    adapter and refused. modules: the last names of the layers with adapters. base: the model's name or folder, for the config.
+    adapter and refused. modules: the last names of the layers with adapters. base: the model's name or folder, for the config. card: README.md.
     RunFailed for a state that is not such adapters; as FolderWriter for what cannot be written.
     """
     tensors = {}
@@ -30,6 +30,8 @@ def write_peft(
         tensors[f"base_model.model.{module}.{part}.weight"] = value.detach().to("cpu", torch.float32).contiguous()
     with FolderWriter(out) as writer:
         writer.save(tensors, writer.partial / ADAPTER)
+        if card:
+            writer.write_text("README.md", card)
         return writer.place({"adapter_config.json": _config(base, r, alpha, modules)})
 
 

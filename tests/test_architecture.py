@@ -18,12 +18,14 @@ LAYERS = [
     {"recipe", "memory", "progress", "signals", "disk", "charts"},
     {"journal"},
     {"checkpoint", "metrics", "model", "zo"},
+    {"register", "trainer"},
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild", "report_html", "track"},
     {"report", "replay", "fit"},
+    {"card", "hub"},
     {"tune", "export"},
-    {"score", "plan", "doctor"},
+    {"score", "plan", "doctor", "harness"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -50,7 +50,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "vocab.*", "*.model", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "vocab.*", "*.model", "*.jinja", "README.md", "LICENSE*"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -150,13 +150,24 @@ def release(module: nn.Module) -> None:
     module.to("meta")
 
 
-def _swap_quantized(
-    model: nn.Module, folder: Folder, config: Quantization, device: torch.device, dtype: torch.dtype, offload: bool
+def _check_parts(folder: Folder, names: list[str], known: set[str]) -> None:
+    """Raises BadInput for a tensor of a quantized Linear that its format, as it is understood here, does not have."""
+    modules = {*names, *(name.removeprefix("model.") for name in names)}
+    for tensor in folder.tensors:
+        module, _, part = tensor.rpartition(".")
+        if module in modules and part not in known:
+            raise BadInput(f"{folder.path}, {tensor}", "a tensor that this version does not know", ", ".join(sorted(known)),
+                           "The checkpoint may need a newer qzo.")  # fmt: skip
+
+
+def swap_quantized(
+    model: nn.Module, folder: Folder, config: Quantization, device: torch.device, dtype: torch.dtype, offload: bool = False
 ) -> dict[str, QuantLinear]:
     """The QuantLinears by name, in their places. With `offload` the codes of the decoder layers stay on the CPU."""
     layout = format_of(config)
     scratch, layers, inside = Scratch(), {}, set(model.get_decoder().layers.modules()) if offload else ()
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(folder, n, config)]
+    _check_parts(folder, [name for name, _ in linears], {*layout.PARTS, "bias"})
     progress = Progress("load", len(linears), after=2.0)
     for number, (name, module) in enumerate(linears):
         rows, cols = module.out_features, module.in_features
@@ -209,7 +220,7 @@ def load_model(
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
-    layers = _swap_quantized(model, folder, config, where, kind, streamed) if config else {}
+    layers = swap_quantized(model, folder, config, where, kind, streamed) if config else {}
     kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
     embedding = _keep_embeddings(model, folder, where, kind) if kept else None
     fill(model, folder, where, kind)
@@ -220,4 +231,8 @@ def load_model(
     if left:
         raise BadInput(str(folder.path), f"no tensor {left[0]}", "every tensor of the model")
     model.config.use_cache = False
+    if config:
+        from qzo.model.pretrained import attach
+
+        attach(model, folder)
     return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None)

@@ -81,6 +81,13 @@ class FolderWriter:
         except (OSError, SafetensorError) as error:
             raise NotWritten(path, error) from error
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the folder."""
+        try:
+            (self.partial / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise NotWritten(self.out, error) from error
+
     def _remove_parts(self) -> None:
         for number in range(len(self._shards)):
             self._part(number).unlink()
@@ -114,11 +121,8 @@ class FolderWriter:
         return self.place({})
 
     def _write(self, documents: dict[str, dict]) -> None:
-        try:
-            for name, document in documents.items():
-                (self.partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise NotWritten(self.out, error) from error
+        for name, document in documents.items():
+            self.write_text(name, json.dumps(document, indent=2) + "\n")
 
     def place(self, documents: dict[str, dict]) -> Path:
         """Write JSON files (name -> object), then move the folder into place."""

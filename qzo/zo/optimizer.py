@@ -56,12 +56,14 @@ class ZO(torch.optim.Optimizer):
     seed: run seed of the noise. directions: D, averaged. clip: a bound on |d| (d in units of the first target's eps).
     stacked: both signs in one forward; the closure is then called with the number of variants V and returns
     losses [V] for inputs repeated V times along the batch. A step with a non-finite loss changes nothing.
+    Raises ValueError for anything but targets.
     """
 
     def __init__(
         self, targets: Sequence[Target], seed: int = 0, directions: int = 1,
         clip: Clip | None = None, stacked: bool = False,
     ):  # fmt: skip
+        _check(targets)
         groups = [{"params": t.parameters(), "lr": t.lr, "name": t.name} for t in targets]
         super().__init__(groups, {})
         self.targets, self.seed, self.directions, self.stacked = list(targets), seed, directions, stacked
@@ -136,6 +138,14 @@ class ZO(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self.steps = own["steps"]
         self.clip.restore(own["recent"])
+
+
+def _check(targets: Sequence[Target]) -> None:
+    given = type(targets).__name__
+    if isinstance(targets, list | tuple):
+        given = next((type(target).__name__ for target in targets if not hasattr(target, "entered")), "" if targets else "an empty list")
+    if given:
+        raise ValueError(f"ZO: given {given}; expected a list of targets: qzo.ZO([qzo.Scales(qzo.prepare(model), eps=..., lr=...)])")
 
 
 def _one_by_one(noise: Variants) -> Iterator[Variants]:

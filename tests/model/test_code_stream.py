@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qzo.model.decoder import decode, is_plain
 from qzo.model.files import Folder
 from qzo.model.gptq_format import read_config
-from qzo.model.load import _swap_quantized, load_model, skeleton
+from qzo.model.load import swap_quantized, load_model, skeleton
 from qzo.model.stream import CodeStream, stream_codes
 from qzo.quantize import quantize_model
 

@@ -13,6 +13,7 @@ from round_trip import exports_hf, logits, our_logits, tensors_of, tune_and_expo
 from safetensors.torch import load_file
 from tiny_runs import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import auto
 from transformers.utils import import_utils
 from wheels import install
 
@@ -30,14 +31,19 @@ CASES = {
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def library(pytestconfig, tmp_path_factory):
     folder = str(install(pytestconfig, tmp_path_factory, "compressed-tensors-0.20.0", "compressed_tensors/version.py", *PIP))
     sys.path.append(folder)
     import_utils.is_compressed_tensors_available.cache_clear()
     import compressed_tensors
 
-    yield compressed_tensors
+    # qzo has taken the places of what needs a library that was not there when transformers was imported.
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    with pytest.MonkeyPatch.context() as patch:
+        for table, own in zip(tables, (auto.CompressedTensorsHfQuantizer, auto.CompressedTensorsConfig), strict=True):
+            patch.setitem(table, "compressed-tensors", own)
+        yield compressed_tensors
     sys.path.remove(folder)
 
 

@@ -25,8 +25,21 @@ def floor_of(scales: torch.Tensor) -> float:
     return min(FLOOR * float(scales.median()), float(scales.min()))
 
 
+def _check(layers: dict[str, QuantLinear]) -> None:
+    given = type(layers).__name__
+    if isinstance(layers, dict):
+        others = (f"{type(layer).__name__} {name}" for name, layer in layers.items() if not isinstance(layer, QuantLinear))
+        given = next(others, "" if layers else "an empty dict")
+    if given:
+        raise ValueError(f"Scales: given {given}; expected QuantLinears by name. A prepared model has them: "
+                         "qzo.Scales(qzo.prepare(model), eps=..., lr=...)")  # fmt: skip
+
+
 class Scales:
-    """The scales of every QuantLinear. `layers` maps module names to layers; order of the map is order of update."""
+    """The scales of every QuantLinear. `layers` maps module names to layers (`qzo.prepare`); order of the map is order of update.
+
+    Raises ValueError for layers of another class, or none.
+    """
 
     name = "scales"
     unit = 1.0
@@ -34,6 +47,7 @@ class Scales:
     def __init__(
         self, layers: dict[str, QuantLinear], eps: float, lr: float, relative: bool = True, gaussian: bool = False
     ):
+        _check(layers)
         self.eps, self.lr, self.relative, self.gaussian = eps, lr, relative, gaussian
         self.layers = {tensor_name(name, self.name): layer for name, layer in layers.items()}
         check_unique(self.layers)
