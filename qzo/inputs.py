@@ -33,7 +33,7 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
     folder = Folder(recipe.model)
     config = read_config(folder)
     if config is None:
-        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ, AWQ or compressed-tensors checkpoint",
+        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ, AWQ, compressed-tensors or bitsandbytes checkpoint",
                        f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
     if recipe.activations == "fp8" and config.bits == 8:
         raise BadInput("recipe, activations", "fp8 with a model of 8 bits", "int8, which multiplies such codes as they are", "Set activations=int8.")

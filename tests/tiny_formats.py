@@ -1,4 +1,4 @@
-"""AWQ and compressed-tensors folders with random codes, packed here field by field as the two layouts are published."""
+"""Folders of other formats than GPTQ with random codes, packed here field by field as the layouts are published."""
 
 import json
 import shutil
@@ -77,3 +77,14 @@ def make_compressed(base: Path, out: Path, bits: int = 4, size: int = 32, sym: b
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     return _write(base, out, config, make)
+
+
+def make_int8(base: Path, out: Path, sym: bool = True) -> tuple[Path, Dense]:
+    """LLM.int8, which is always symmetric."""
+
+    def make(module, shape):
+        weight, scb = torch.randint(-128, 128, shape, dtype=torch.int8), torch.rand(shape[0]) + 0.1
+        parts = {"weight": weight, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return parts, (scb / 127)[:, None] * weight
+
+    return _write(base, out, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": None}, make)

@@ -44,7 +44,7 @@ class LayerTensors:
 
 @dataclass
 class Moved:
-    """What an export writes instead of the base's: scales [N, G] rounded to the format's dtype, codes uint8 [N, K] sorted by group; None: nothing."""
+    """What an export writes instead of the base's: scales [N, G] as the format's `rounded` gives them, codes uint8 [N, K] sorted by group; None: nothing."""
 
     scales: torch.Tensor | None = None
     codes: torch.Tensor | None = None
@@ -88,6 +88,14 @@ def read_tensor(folder: Folder, name: str, key: str, shape: tuple[int, int], sca
                        "config.json, bits or group_size do not fit these weights.")  # fmt: skip
     if tensor.is_floating_point() != scales or (not scales and tensor.dtype != torch.int32):
         raise BadInput(f"{folder.path}, {name}.{key}", str(tensor.dtype), "int32, and floating-point scales")
+    return tensor
+
+
+def exact_tensor(folder: Folder, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor `name`. Raises BadInput for another shape or dtype."""
+    tensor = folder.read(name)
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise BadInput(f"{folder.path}, {name}", f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shape)}")
     return tensor
 
 

@@ -1,11 +1,11 @@
-"""AWQ and compressed-tensors folders that cannot be tuned: refused by the name of the tensor or key."""
+"""Folders of other formats than GPTQ that cannot be tuned: refused by the name of the tensor or key."""
 
 import json
 
 import pytest
 import torch
 from test_bad_model import cut, drop, put
-from tiny_formats import make_awq, make_compressed
+from tiny_formats import make_awq, make_compressed, make_int8
 from tiny_runs import edit_json, write_recipe
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -18,6 +18,16 @@ def weights(**keys):
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
         config["config_groups"]["group_0"]["weights"].update(keys)
         edit_json(folder / "config.json", quantization_config=config)
+
+    return change
+
+
+def bnb(**keys):
+    """Set keys of a bitsandbytes config."""
+
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        edit_json(folder / "config.json", quantization_config={**config, **keys})
 
     return change
 
@@ -43,10 +53,27 @@ COMPRESSED = {
 }
 
 
-@pytest.mark.parametrize("make, case", [(make_awq, c) for c in AWQ] + [(make_compressed, c) for c in COMPRESSED])
+INT8 = {
+    "codes": (cut(f"{Q}.weight"), [f"{Q}.weight: torch.int8 of shape [63, 64]; expected torch.int8 of shape [64, 64]"]),
+    "no codes": (drop(f"{Q}.weight"), [f"no tensor {Q}.weight"]),
+    "16 bits": (put(f"{Q}.weight", torch.Tensor.half), [f"{Q}.weight: torch.float16 of shape", "expected torch.int8"]),
+    "scales": (cut(f"{Q}.SCB"), [f"{Q}.SCB: torch.float32 of shape [63]; expected torch.float32 of shape [64]"]),
+    "no scales": (drop(f"{Q}.SCB"), [f"no tensor {Q}.SCB"]),
+    "codes alone": (drop(f"{Q}.SCB", f"{Q}.weight_format"), [f"{Q}.weight: torch.int8, and no scales; expected floating-point", "incomplete"]),
+    "infinite": (put(f"{Q}.SCB", lambda t: t / 0), [f"{Q}.SCB: infinities or NaN"]),
+    "half scales": (put(f"{Q}.SCB", torch.Tensor.half), [f"{Q}.SCB: torch.float16 of shape [64]; expected torch.float32"]),
+    "tiles": (put(f"{Q}.weight_format", lambda t: t + 2), [f"{Q}.weight_format: 2, weights in the order of one GPU; expected 0"]),
+    "neither": (bnb(load_in_8bit=False), ["bitsandbytes with neither load_in_8bit nor load_in_4bit; expected one of the two"]),
+    "both": (bnb(load_in_4bit=True), ["bitsandbytes with load_in_8bit and load_in_4bit; expected one of the two"]),
+    "4 bits": (bnb(load_in_4bit=True, load_in_8bit=False), ["bitsandbytes with load_in_4bit; expected load_in_8bit"]),
+}
+CASES = {make_awq: AWQ, make_compressed: COMPRESSED, make_int8: INT8}
+
+
+@pytest.mark.parametrize("make, case", [(make, case) for make, cases in CASES.items() for case in cases])
 def test_folder(make, case, llama16, sentiment, tmp_path, refused):
     folder, _ = make(llama16, tmp_path / "model")
-    damage, says = (AWQ if make is make_awq else COMPRESSED)[case]
+    damage, says = CASES[make][case]
     damage(folder)
     refused("tune", write_recipe(tmp_path / "recipe.yaml", folder, sentiment), says=says)
     assert not (tmp_path / "run").exists()
@@ -58,13 +85,13 @@ def test_uneven_groups(llama16, sentiment, tmp_path, refused):
     refused("tune", write_recipe(tmp_path / "recipe.yaml", folder, sentiment), says=f"{Q}.weight_g_idx: groups of unequal size")
 
 
-@pytest.mark.parametrize("make", [make_awq, make_compressed])
+@pytest.mark.parametrize("make", CASES)
 def test_is_not_quantized_again(make, llama16, tmp_path, refused):
     folder, _ = make(llama16, tmp_path / "model")
     refused("quantize", folder, "-o", tmp_path / "out", "--method", "rtn", says="already quantized; expected a 16-bit model")
 
 
-@pytest.mark.parametrize("make, own", [(make_awq, "awq"), (make_compressed, "compressed-tensors")])
+@pytest.mark.parametrize("make, own", [(make_awq, "awq"), (make_compressed, "compressed-tensors"), (make_int8, "bitsandbytes-8bit")])
 def test_exports_as_itself_only(make, own, llama16, sentiment, tmp_path, refused):
     from qzo.cli import main
 

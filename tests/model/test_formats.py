@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_formats import make_awq, make_compressed
+from tiny_formats import make_awq, make_compressed, make_int8
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qzo.errors import BadInput
@@ -23,6 +23,7 @@ CASES = {
     "compressed 4 sym": (make_compressed, {"sym": True, "size": 8}),
     "compressed 4 ordered": (make_compressed, {"order": True}),
     "compressed 8 channel": (make_compressed, {"bits": 8, "size": -1}),
+    "int8": (make_int8, {"sym": True}),
     "compressed 8 sym ordered": (make_compressed, {"bits": 8, "sym": True, "order": True}),
 }
 
@@ -65,7 +66,7 @@ def test_many_rows(llama16, tmp_path):
     from tiny_runs import make_model
 
     base = make_model(tmp_path / "16", intermediate_size=200)
-    for make in (make_awq, make_compressed):
+    for make in (make_awq, make_compressed, make_int8):
         folder, dense = make(base, tmp_path / make.__name__)
         loaded = load_model(str(folder), "cpu", "fp32")
         name = "model.layers.0.mlp.up_proj"
@@ -76,7 +77,7 @@ def test_every_format_answers():
     """What formats.py asks of a module is there, and no two write under one name."""
     names = [name for layout in FORMATS.values() for name in layout.VERSIONS]
     assert len(set(names)) == len(names) and "hf" not in names
-    functions = ("read_config", "shape", "read_layer", "stored_scales", "scale_dtype", "written", "documents")
+    functions = ("read_config", "shape", "read_layer", "stored_scales", "rounded", "written", "documents")
     for layout in FORMATS.values():
         assert all(callable(getattr(layout, function)) for function in functions)
         assert layout.CODES in layout.PARTS and layout.SCALES in layout.PARTS
