@@ -93,7 +93,8 @@ def _write_quantized(
             if codes is not None:
                 codes = untile_codes(codes, config.bits, _tuned(cols, f"{part[0]}/codes")).to(torch.uint8)
             value = layout.written(folder, *part, config, version, Moved(_tuned(rounded, f"{part[0]}/scales"), codes))
-        writer.add(name, value)
+        if value is not None:
+            writer.add(name, value)
         progress.update(number + 1)
     quantization, extra = layout.documents(folder, config, version)
     folder.copy_side_files(writer.partial)

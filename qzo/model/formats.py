@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from qzo.errors import BadInput
-from qzo.model import awq_format, bnb8_format, compressed_format, gptq_format
+from qzo.model import awq_format, bnb4_format, bnb8_format, compressed_format, gptq_format
 from qzo.model.files import Folder
 from qzo.model.uniform import LayerTensors, Moved, Quantization, raw_config
 
@@ -32,13 +32,14 @@ class Format(Protocol):
     def rounded(self, folder: Folder, name: str, scales: torch.Tensor) -> torch.Tensor: ...
     def written(
         self, folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor | None: ...
     def documents(self, folder: Folder, config: Quantization, version: str) -> tuple[dict, dict[str, dict]]: ...
 
 
 # bitsandbytes has two formats under one quant_method.
 FORMATS: dict[str, Format] = {
     "gptq": gptq_format, "awq": awq_format, "compressed-tensors": compressed_format, "bitsandbytes-8bit": bnb8_format,
+    "bitsandbytes-4bit": bnb4_format,
 }  # fmt: skip
 _METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 
@@ -58,9 +59,7 @@ def _by_method(raw: dict, where: str) -> Format:
     asked = [name for name in ("load_in_8bit", "load_in_4bit") if raw.get(name)]
     if len(asked) != 1:
         raise BadInput(where, f"bitsandbytes with {' and '.join(asked) or 'neither load_in_8bit nor load_in_4bit'}", "one of the two")
-    if asked == ["load_in_4bit"]:
-        raise BadInput(where, "bitsandbytes with load_in_4bit", "load_in_8bit")
-    return FORMATS["bitsandbytes-8bit"]
+    return FORMATS[f"bitsandbytes-{asked[0].removeprefix('load_in_')}"]
 
 
 def format_of(config: Quantization) -> Format:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_formats import make_awq, make_compressed, make_int8
+from tiny_formats import make_4bit, make_awq, make_compressed, make_int8
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qzo.errors import BadInput
@@ -24,6 +24,9 @@ CASES = {
     "compressed 4 ordered": (make_compressed, {"order": True}),
     "compressed 8 channel": (make_compressed, {"bits": 8, "size": -1}),
     "int8": (make_int8, {"sym": True}),
+    "nf4": (make_4bit, {"sym": True}),
+    "nf4 nested": (make_4bit, {"sym": True, "nested": 100}),
+    "fp4": (make_4bit, {"sym": True, "kind": "fp4", "size": 4}),
     "compressed 8 sym ordered": (make_compressed, {"bits": 8, "sym": True, "order": True}),
 }
 
@@ -66,7 +69,7 @@ def test_many_rows(llama16, tmp_path):
     from tiny_runs import make_model
 
     base = make_model(tmp_path / "16", intermediate_size=200)
-    for make in (make_awq, make_compressed, make_int8):
+    for make in (make_awq, make_compressed, make_int8, make_4bit):
         folder, dense = make(base, tmp_path / make.__name__)
         loaded = load_model(str(folder), "cpu", "fp32")
         name = "model.layers.0.mlp.up_proj"
