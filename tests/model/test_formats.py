@@ -8,7 +8,7 @@ from tiny_formats import make_4bit, make_awq, make_compressed, make_int8
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qzo.errors import BadInput
-from qzo.estimate import Shapes
+from qzo.estimate import Shapes, Work, estimate
 from qzo.model.files import Folder
 from qzo.model.formats import FORMATS, format_of, read_config
 from qzo.model.load import load_model
@@ -60,7 +60,9 @@ def test_shapes(case, llama16, tmp_path):
     assert sorted((linear.rows, linear.cols) for linear in shapes.linears) == sorted(
         (layer.out_features, layer.in_features) for layer in loaded.layers.values()
     )
-    assert {linear.layer for linear in shapes.linears} == {0}
+    assert {linear.layer for linear in shapes.linears} == {0} and shapes.quantization.codebook == (make is make_4bit)
+    found, layers = estimate(shapes, Work(1, 8, 1), Work(1, 8, 1), torch.float32, "cpu").phases["load"], loaded.layers.values()
+    assert found["codes"] == sum(layer.codes.nbytes for layer in layers) and found["scales"] == sum(layer.scales.nbytes for layer in layers)
     assert set(shapes.others) == {name for name, _ in loaded.model.named_parameters() if not name.endswith(".scales")}
 
 
