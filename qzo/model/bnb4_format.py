@@ -93,7 +93,7 @@ def _pair(value: object) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def shape(folder: Folder, name: str, config: Quantization) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     outer = exact_tensor(folder, f"{name}.{_NESTED[0]}", (-(-blocks // size),), torch.float32)
     levels = exact_tensor(folder, f"{name}.{_NESTED[1]}", (256,), torch.float32)
     # In this order, each rounded to fp32: the bits that bitsandbytes has.
-    absmax = levels[bytes_.int()] * outer.repeat_interleave(size)[:blocks] + torch.tensor(offset, dtype=torch.float32)
+    absmax = levels[bytes_.int()] * outer[torch.arange(blocks) // size] + torch.tensor(offset, dtype=torch.float32)
     return absmax.view(rows, -1)
 
 

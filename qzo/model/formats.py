@@ -16,7 +16,7 @@ from qzo.model.uniform import LayerTensors, Moved, Quantization, raw_config
 
 
 class Format(Protocol):
-    """One module; see the functions' docstrings in gptq_format."""
+    """One module; see the functions' docstrings in gptq_format. `written` may say None: an export has no such tensor."""
 
     VERSIONS: tuple[str, ...]
     PARTS: tuple[str, ...]

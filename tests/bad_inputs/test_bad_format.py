@@ -112,6 +112,8 @@ NESTED = {
     "block": (state(nested_blocksize="256"), f"{STATE}: nested_blocksize '256'; expected a positive whole number"),
     "offset": (state(nested_offset=None), f"{STATE}: nested_offset None; expected a number"),
     "infinite": (state(nested_offset=float("inf")), f"{STATE}: nested_offset inf; expected a number"),
+    "vast": (state(nested_offset=10**400), f"{STATE}: nested_offset 1000"),
+    "vast block": (state(nested_blocksize=10**15), f"{Q}.weight.nested_absmax: torch.float32 of shape [6]; expected torch.float32 of shape [1]"),
 }
 
 

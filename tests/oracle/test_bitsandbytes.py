@@ -5,12 +5,22 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from qzo_kernels.pack import untile_codes
 from round_trip import exports_hf, logits, our_logits, tensors_of, tune_and_export, untouched
-from tiny_runs import make_model
+from safetensors.torch import save_file
+from tiny_runs import make_model, stop_at, write_recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qzo.cli import main
+from qzo.errors import Interrupted
+from qzo.export import export_run
+from qzo.model import bnb8_format
 from qzo.model.load import load_model
+from qzo.rebuild import load_run
+from qzo.recipe import load_recipe
+from qzo.tune import Tuner
 
 INT8 = {"load_in_8bit": True}
 # dtype of the model; its products are computed in that, as here
@@ -41,8 +51,6 @@ def write(base, out, dtype=torch.float16, **how):
 
 def theirs(folder, dtype=torch.float16):
     """Their model. On CPUs with bf16 instructions a forward would round absmax to bf16 for good: it may not."""
-    from bitsandbytes.nn import Linear4bit
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -65,7 +73,9 @@ def test_int8_is_read_as_it_is_written(int8, base16):
     assert torch.equal(ours, logits(unpacked(int8)))
     # With their own product, whose activations are of 8 bits too, as near as that is to 16 bits.
     exact = float((ours - logits(AutoModelForCausalLM.from_pretrained(base16, dtype=torch.float16))).abs().max())
-    assert 0 < float((ours - logits(theirs(int8))).abs().max()) < exact
+    rounding = logits(theirs(int8))
+    assert 0 < float((ours - rounding).abs().max()) < exact
+    assert 0 < float((logits(load_model(str(int8), "cpu", "fp16", activations="int8").model) - rounding).abs().max()) < exact
     loaded = load_model(str(int8), "cpu", "fp32")
     assert len(loaded.layers) == 7 and all(layer.bits == 8 and layer.zeros is None for layer in loaded.layers.values())
     assert all(tuple(layer.scales.shape) == (layer.out_features, 1) for layer in loaded.layers.values())
@@ -80,11 +90,6 @@ def test_int8_is_written_as_it_is_read(int8, sentiment, tmp_path, capsys):
 
 
 def test_int8_codes_that_moved(int8, sentiment, tmp_path, capsys):
-    from qzo_kernels.pack import untile_codes
-    from tiny_runs import write_recipe
-
-    from qzo.rebuild import load_run
-
     keys = {"method": "quzo", "eps": 0.5, "lr": 200, "steps": 3}
     recipe, run, out = write_recipe(tmp_path / "recipe.yaml", int8, sentiment, **keys), str(tmp_path / "run"), tmp_path / "out"
     assert main(["tune", recipe]) == 0 and main(["export", run, "-o", str(out)]) == 0
@@ -152,10 +157,6 @@ def test_4_bits_are_written_as_they_are_read(case, four, sentiment, tmp_path, ca
 
 @pytest.mark.parametrize("case", [case for case in FOUR if "twice" in case])
 def test_double_quantization_is_undone_by_an_export(case, four, sentiment, tmp_path, capsys):
-    from tiny_runs import write_recipe
-
-    from qzo.export import export_run
-
     folder, dtype = four(case)
     recipe, run, out = write_recipe(tmp_path / "recipe.yaml", folder, sentiment, steps=3, lr=0.05), str(tmp_path / "run"), tmp_path / "out"
     assert main(["tune", recipe]) == 0 and main(["replay", run, "--verify"]) == 0 and main(["export", run, "-o", str(out)]) == 0
@@ -175,13 +176,30 @@ def test_double_quantization_is_undone_by_an_export(case, four, sentiment, tmp_p
     exports_hf(tmp_path)
 
 
+def test_a_run_that_was_stopped_goes_on(four, sentiment, tmp_path):
+    for name in ("whole", "stopped"):
+        path = write_recipe(tmp_path / f"{name}.yaml", four("nf4 twice")[0], sentiment, output_dir=tmp_path / name)
+        recipe = load_recipe(path, [])
+        if name == "stopped":
+            with pytest.raises(Interrupted):
+                stop_at(Tuner(recipe, name, ""), 5).run()
+        Tuner(recipe, name, "").run()
+    whole, stopped = (load_run(str(tmp_path / name), "cpu", "fp32")[0].layers for name in ("whole", "stopped"))
+    assert whole and all(torch.equal(layer.scales, stopped[name].scales) for name, layer in whole.items())
+
+
+def test_adapters_beside_4_bits(four, sentiment, tmp_path, capsys):
+    keys = {"method": "quzo-lora", "eps": 0.1, "lr": 0.1}
+    recipe, run, out = write_recipe(tmp_path / "recipe.yaml", four("nf4")[0], sentiment, **keys), tmp_path / "run", tmp_path / "out"
+    assert main(["tune", recipe]) == 0 and main(["export", str(run), "-o", str(out)]) == 0
+    assert "adapters for peft, 6 steps applied; read again: the run's tensors" in capsys.readouterr().out
+    assert not torch.equal(logits(load_run(str(run), "cpu", "fp32")[0].model), our_logits(four("nf4")[0], "fp32"))
+
+
 @pytest.mark.parametrize("block, twice", [(32, False), (32, True), (128, False)])
 def test_other_block_sizes(block, twice, base16, tmp_path):
     """Which the library has and transformers does not offer: the tensors of its functions in a folder of theirs. With 32, absmax of the
     widest Linears takes more than one block of the second quantization."""
-    from bitsandbytes.functional import quantize_4bit
-    from safetensors.torch import save_file
-
     base = make_model(tmp_path / "wide", hidden_size=128, intermediate_size=256)
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16, "bnb_4bit_use_double_quant": twice}
     folder = write(base, tmp_path / "model", **how)
@@ -204,8 +222,6 @@ def test_a_quantized_head(base16, tmp_path):
 
 
 def test_every_scale_is_the_nearest_that_scb_can_say():
-    from qzo.model import bnb8_format
-
     torch.manual_seed(0)
     scales = torch.rand(1 << 16, 1) * 2 ** torch.randint(-20, 4, (1 << 16, 1)) + 1e-9
     seen = bnb8_format.rounded(None, "", scales)
