@@ -83,7 +83,7 @@ def dequantize(
         target = out[part]
         w = target if dtype == torch.float32 else buffer[: target.shape[0]]
         q = untile_codes(codes[part], bits, cols)
-        w.copy_(q if codebook is None else codebook[q.int()])
+        w.copy_(q if codebook is None else codebook.index_select(0, q.flatten().int()).view(q.shape))
         if full:
             grouped = w[:, : full * group_size].unflatten(1, (full, group_size))
             grouped.sub_(middle if zeros is None else zeros[part, :full, None]).mul_(scales[part, :full, None])
