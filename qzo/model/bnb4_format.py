@@ -76,24 +76,21 @@ def _state(folder: Folder, name: str) -> State:
 
 
 def _checked(raw: dict[str, Any], kind: str, nested: bool, where: str) -> State:
-    second = {"nested_blocksize": _positive, "nested_offset": _finite} if nested else {}
-    for key, right in {"quant_type": kind.__eq__, "blocksize": _positive, "shape": _pair, **second}.items():
-        if right(raw.get(key)) is not True:
-            expected = {"quant_type": repr(kind), "shape": "two positive whole numbers", "nested_offset": "a number"}.get(key, "a positive whole number")
+    size, dims, outer, offset = (raw.get(key) for key in ("blocksize", "shape", "nested_blocksize", "nested_offset"))
+    known = [
+        ("quant_type", raw.get("quant_type") == kind, repr(kind)), ("blocksize", _positive(size), "a positive whole number"),
+        ("shape", isinstance(dims, list) and len(dims) == 2 and all(map(_positive, dims)), "two positive whole numbers"),
+        ("nested_blocksize", not nested or _positive(outer), "a positive whole number"),
+        ("nested_offset", not nested or (type(offset) in (int, float) and abs(offset) < 1e30), "a number"),
+    ]  # fmt: skip
+    for key, right, expected in known:
+        if not right:
             raise BadInput(where, f"{key} {raw.get(key)!r:.80}", expected)
-    return State(kind, raw["blocksize"], tuple(raw["shape"]), (raw["nested_blocksize"], raw["nested_offset"]) if nested else None)
+    return State(kind, size, tuple(dims), (outer, offset) if nested else None)
 
 
 def _positive(value: object) -> bool:
     return type(value) is int and value > 0
-
-
-def _pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_positive, value))
-
-
-def _finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def shape(folder: Folder, name: str, config: Quantization) -> tuple[int, int]:
@@ -142,11 +139,11 @@ def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     if state.nested is None:
         return exact_tensor(folder, f"{name}.{SCALES}", (blocks,), torch.float32).view(rows, -1)
     size, offset = state.nested
-    bytes_ = exact_tensor(folder, f"{name}.{SCALES}", (blocks,), torch.uint8)
+    inner = exact_tensor(folder, f"{name}.{SCALES}", (blocks,), torch.uint8)
     outer = exact_tensor(folder, f"{name}.{_NESTED[0]}", (-(-blocks // size),), torch.float32)
     levels = exact_tensor(folder, f"{name}.{_NESTED[1]}", (256,), torch.float32)
     # In this order, each rounded to fp32: the bits that bitsandbytes has.
-    absmax = levels[bytes_.int()] * outer[torch.arange(blocks) // size] + torch.tensor(offset, dtype=torch.float32)
+    absmax = levels[inner.int()] * outer[torch.arange(blocks) // size] + torch.tensor(offset, dtype=torch.float32)
     return absmax.view(rows, -1)
 
 
