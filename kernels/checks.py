@@ -49,8 +49,10 @@ def check_update(values: Tensor, state: Tensor, coefs: Tensor, uid: int, gaussia
     require("coefs", coefs, torch.float32, tuple(coefs.shape), values)
 
 
-def check_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int) -> None:
-    """codes, scales and zeros of one weight [N, cols]."""
+def check_weight(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, codebook: Tensor | None = None
+) -> None:
+    """codes, scales, and zeros or a codebook, of one weight [N, cols]."""
     if codes.dim() != 2:
         raise ValueError(f"codes: shape {tuple(codes.shape)}; expected 2 dimensions")
     if group_size < 1:
@@ -60,6 +62,10 @@ def check_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
     require("scales", scales, torch.float32, (rows, groups), codes)
     if zeros is not None:
         require("zeros", zeros, torch.uint8, (rows, groups), codes, contiguous=False)
+    if codebook is not None:
+        require("codebook", codebook, torch.float32, (1 << bits,), codes)
+        if zeros is not None:
+            raise ValueError("zeros: given with a codebook, whose levels have none; expected None")
 
 
 def check_float(name: str, dtype: torch.dtype) -> None:
@@ -67,12 +73,12 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name}: {dtype}; expected float32, bfloat16 or float16")
 
 
-def check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian) -> None:
+def check_matmul(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, gaussian, codebook=None) -> None:
     """x [M, K] with a weight, a bias and noise (state None: without), as `quant_matmul` takes them."""
     if x.dim() != 2 or x.device != codes.device:
         raise ValueError(f"x: shape {tuple(x.shape)} on {x.device}; expected [rows, columns] on {codes.device}")
     check_float("x", x.dtype)
-    check_weight(codes, scales, zeros, bits, group_size, x.shape[1])
+    check_weight(codes, scales, zeros, bits, group_size, x.shape[1], codebook)
     if bias is not None:
         require("bias", bias, x.dtype, (codes.shape[0],), x)
     if state is not None:

@@ -1,6 +1,7 @@
 """Triton kernel of `dequantize`: codes as pack.tile_codes lays them out to weights [N, K], bound by the bytes it writes.
 
-Rademacher noise is made in registers: one Philox call per row of a tile.
+Rademacher noise is made in registers: one Philox call per row of a tile. The levels of a codebook are fetched by code; the table's
+64 bytes (4 bits) stay in the first cache.
 """
 
 import torch
@@ -34,9 +35,9 @@ def spread(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, TIMES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["uid"])
 def _dequantize_kernel(
-    p_out, p_codes, p_scales, p_zeros, p_state, p_eps, rows, cols, words, groups, stride_zn, stride_zg, uid, floor,
+    p_out, p_codes, p_scales, p_zeros, p_codebook, p_state, p_eps, rows, cols, words, groups, stride_zn, stride_zg, uid, floor,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    NOISE: tl.constexpr, RELATIVE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    NOISE: tl.constexpr, RELATIVE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, CODEBOOK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCKS * 128
     across = tl.cdiv(cols, WIDTH)
@@ -53,6 +54,8 @@ def _dequantize_kernel(
         w = _words(p_codes, row, inside, words, first // 128, blocks, 0, BITS, BITS, BLOCKS)
         q = differences(w, w, zero, 0, 16 // BITS, BITS, DTYPE, ASM)
     q = tl.reshape(q, (ROWS, WIDTH)).to(tl.float32)
+    if CODEBOOK:
+        q = tl.load(p_codebook + q.to(tl.int32))
     # UNIT columns always share a group: one load for all of them.
     unit = first + tl.arange(0, WIDTH // UNIT) * UNIT
     group = unit // GROUP
@@ -73,8 +76,9 @@ def _dequantize_kernel(
 
 
 def launch_dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, out: Tensor, noise=None
-) -> None:
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, out: Tensor, noise=None,
+    codebook: Tensor | None = None,
+) -> None:  # fmt: skip
     """`reference.dequantize` into `out` on its device, under `noise` of one variant; arguments as checked by ops.py."""
     rows, groups = scales.shape
     blocks = min(_WIDTH // TILE, triton.next_power_of_2(triton.cdiv(cols, TILE)))
@@ -85,13 +89,14 @@ def launch_dequantize(
 
         scales = launch_perturb(scales, *noise)[0]
     state, eps, uid, floor, relative = noise[:5] if in_kernel else (None, None, 0, 0.0, False)
+    middle = 1 << (bits - 1) if codebook is None else 0
     height = min(_ELEMENTS // width, triton.next_power_of_2(rows))
     tiles = triton.cdiv(rows, height) * triton.cdiv(cols, width)
     with torch.cuda.device_of(out):
         _dequantize_kernel[(tiles,)](
-            out, codes, scales, zeros, state, eps, rows, cols, codes.shape[1], groups, *((0, 0) if zeros is None else zeros.stride()), noise_functions.signed(uid), floor,
-            BITS=bits, GROUP=group_size, ZERO=1 << (bits - 1) if zeros is None else -1, UNIT=_unit(group_size), ROWS=height, BLOCKS=blocks, NOISE=in_kernel, RELATIVE=relative,
-            DTYPE=tl.bfloat16 if out.is_cuda else tl.float32, ASM=out.is_cuda, enable_fp_fusion=False,
+            out, codes, scales, zeros, codebook, state, eps, rows, cols, codes.shape[1], groups, *((0, 0) if zeros is None else zeros.stride()), noise_functions.signed(uid), floor,
+            BITS=bits, GROUP=group_size, ZERO=middle if zeros is None else -1, UNIT=_unit(group_size), ROWS=height, BLOCKS=blocks, NOISE=in_kernel, RELATIVE=relative,
+            DTYPE=tl.bfloat16 if out.is_cuda else tl.float32, ASM=out.is_cuda, CODEBOOK=codebook is not None, enable_fp_fusion=False,
         )  # fmt: skip
 
 

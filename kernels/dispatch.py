@@ -60,10 +60,10 @@ def takes_fused(per_variant: int, dtype: torch.dtype, bits: int, group_size: int
     return dtype != torch.float32 and part_width(bits, group_size, cols) > 0 and _row(per_variant) is not None
 
 
-def route_of(x: Tensor, bits: int, group_size: int, noise) -> str:
-    """The route for x [M, K] under `noise`."""
+def route_of(x: Tensor, bits: int, group_size: int, noise, codebook: Tensor | None = None) -> str:
+    """The route for x [M, K] under `noise`. The fused kernel takes no codebook."""
     per_variant = len(x) // (1 if noise is None else len(noise.eps))
-    return "fused" if x.is_cuda and takes_fused(per_variant, x.dtype, bits, group_size, x.shape[1]) else "dequantize"
+    return "fused" if x.is_cuda and codebook is None and takes_fused(per_variant, x.dtype, bits, group_size, x.shape[1]) else "dequantize"
 
 
 def config_of(x: Tensor, rows: int, noise) -> Config:

@@ -72,8 +72,8 @@ def _(values, state, coefs, uid, floor, relative, gaussian):
     return None
 
 
-def _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian) -> None:
-    check_weight(codes, scales, zeros, bits, group_size, cols)
+def _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian, codebook) -> None:
+    check_weight(codes, scales, zeros, bits, group_size, cols, codebook)
     check_float("out", out.dtype)
     require("out", out, out.dtype, (codes.shape[0], cols), codes)
     if state is not None:
@@ -85,24 +85,24 @@ def _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, c
 @torch.library.custom_op("qzo::dequantize", mutates_args=("out",))
 def _dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, state: Tensor | None, eps: Tensor | None,
-    bits: int, group_size: int, cols: int, uid: int, floor: float, relative: bool, gaussian: bool,
+    bits: int, group_size: int, cols: int, uid: int, floor: float, relative: bool, gaussian: bool, codebook: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian)
+    _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian, codebook)
     seen = scales if state is None else reference.perturb(scales, state, eps, uid, floor, relative, gaussian)[0]
-    reference.dequantize(codes, seen, zeros, bits, group_size, cols, out.dtype, out)
+    reference.dequantize(codes, seen, zeros, bits, group_size, cols, out.dtype, out, codebook)
 
 
 @_dequantize.register_kernel("cuda")
-def _(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, floor, relative, gaussian):
-    _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian)
+def _(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, floor, relative, gaussian, codebook=None):
+    _check_dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, gaussian, codebook)
     from qzo_kernels.dequant import launch_dequantize
 
     noise = None if state is None else Noise(state, eps, uid, floor, relative, gaussian)
-    launch_dequantize(codes, scales, zeros, bits, group_size, cols, out, noise)
+    launch_dequantize(codes, scales, zeros, bits, group_size, cols, out, noise, codebook)
 
 
 @_dequantize.register_fake
-def _(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, floor, relative, gaussian):
+def _(codes, scales, zeros, out, state, eps, bits, group_size, cols, uid, floor, relative, gaussian, codebook=None):
     return None
 
 
@@ -111,7 +111,7 @@ _QUIET = (None, None)  # state and eps of no noise
 
 def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, dtype: torch.dtype,
-    out: Tensor | None = None, noise: Noise | None = None,
+    out: Tensor | None = None, noise: Noise | None = None, codebook: Tensor | None = None,
 ) -> Tensor:
     """Weights [N, cols] of `dtype`, into `out` if given: see `reference.dequantize`.
 
@@ -123,7 +123,7 @@ def dequantize(
     if out.dtype != dtype:
         raise ValueError(f"out: {out.dtype}; expected {dtype}")
     state, eps, *rest = noise or (*_QUIET, 0, 0.0, False, False)
-    _dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, *rest)
+    _dequantize(codes, scales, zeros, out, state, eps, bits, group_size, cols, *rest, codebook)
     return out
 
 
@@ -160,34 +160,35 @@ def _full_precision_sums() -> None:
 
 def quant_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, bias: Tensor | None = None,
-    noise: Noise | None = None, scratch: Tensor | None = None, route: str | None = None,
+    noise: Noise | None = None, scratch: Tensor | None = None, route: str | None = None, codebook: Tensor | None = None,
 ) -> Tensor:
     """y [..., N] of x's dtype: see `reference.quant_matmul`.
 
     x [..., K]; its rows, flattened, are cut into V equal consecutive blocks, block v seeing variant v of `noise`.
     scratch uint8: at least N·K·itemsize bytes for a dequantized weight; allocated when needed and not given.
-    route: "fused" or "dequantize"; by default the one that dispatch.py's table names for these shapes.
-    ValueError names what does not fit.
+    route: "fused" or "dequantize"; by default the one that dispatch.py's table names for these shapes. With a codebook it is
+    "dequantize". ValueError names what does not fit.
     """
     flat = x.reshape(-1, x.shape[-1])
     state, eps, *rest = noise or (*_QUIET, 0, 0.0, False, False)
-    check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3])
-    route = route or route_of(flat, bits, group_size, noise)
-    if route not in ROUTES:
-        raise ValueError(f"route: {route!r}; expected one of {ROUTES}")
+    check_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, rest[0], rest[3], codebook)
+    route = route or route_of(flat, bits, group_size, noise, codebook)
+    routes = ROUTES if codebook is None else ("dequantize",)
+    if route not in routes:
+        raise ValueError(f"route: {route!r}; expected one of {routes}")
     if route == "fused":
         y = _fused_matmul(flat, codes, scales, zeros, bias, state, eps, bits, group_size, *rest)
     else:
-        y = _dense_matmul(flat, codes, scales, zeros, bits, group_size, bias, noise, scratch)
+        y = _dense_matmul(flat, codes, scales, zeros, bits, group_size, bias, noise, scratch, codebook)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
-def _dense_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, scratch) -> Tensor:
+def _dense_matmul(x, codes, scales, zeros, bits, group_size, bias, noise, scratch, codebook) -> Tensor:
     """Dequantize the weight as each variant sees it, and multiply."""
 
     def fill(v: int, weight: Tensor) -> None:
         one = noise and noise._replace(state=noise.state[v : v + 1], eps=noise.eps[v : v + 1])
-        dequantize(codes, scales, zeros, bits, group_size, x.shape[1], x.dtype, weight, one)
+        dequantize(codes, scales, zeros, bits, group_size, x.shape[1], x.dtype, weight, one, codebook)
 
     return dense_matmul(x, codes.shape[0], 1 if noise is None else len(noise.eps), bias, scratch, fill)
 

@@ -66,14 +66,15 @@ def _noise(like: Tensor, seed: int, step: int | Tensor, direction: int, uid: int
 
 def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int, dtype: torch.dtype,
-    out: Tensor | None = None,
+    out: Tensor | None = None, codebook: Tensor | None = None,
 ) -> Tensor:
-    """Weights [N, cols] of `dtype`: scale·(q − zero) in fp32, rounded once. Column k is of group k // group_size.
+    """Weights [N, cols] of `dtype`: scale·(q − zero) in fp32, rounded once; with `codebook` f32 [2**bits], and without zeros,
+    scale·codebook[q]. Column k is of group k // group_size.
 
     codes int32 [N, tiled_words(cols, bits)] as pack.tile_codes lays them out; scales f32 [N, G] and zeros uint8 [N, G] (any
     strides; None: 2**(bits − 1) everywhere), G = ceil(cols/group_size); the last group may be partial. `out` [N, cols] of `dtype` is filled and returned if given.
     """
-    rows, full, middle = codes.shape[0], cols // group_size, 1 << (bits - 1)
+    rows, full, middle = codes.shape[0], cols // group_size, 1 << (bits - 1) if codebook is None else 0
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device) if out is None else out
     chunk = max(1, _CHUNK // max(cols, 1))
     buffer = torch.empty(min(chunk, rows), cols, dtype=torch.float32, device=codes.device)
@@ -81,7 +82,8 @@ def dequantize(
         part = slice(start, min(start + chunk, rows))
         target = out[part]
         w = target if dtype == torch.float32 else buffer[: target.shape[0]]
-        w.copy_(untile_codes(codes[part], bits, cols))
+        q = untile_codes(codes[part], bits, cols)
+        w.copy_(q if codebook is None else codebook.index_select(0, q.flatten().int()).view(q.shape))
         if full:
             grouped = w[:, : full * group_size].unflatten(1, (full, group_size))
             grouped.sub_(middle if zeros is None else zeros[part, :full, None]).mul_(scales[part, :full, None])
@@ -93,7 +95,8 @@ def dequantize(
 
 
 def quant_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, bias: Tensor | None = None
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, bias: Tensor | None = None,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] of x's dtype, y = x·Wᵀ + bias in fp32 with W of `dequantize`, rounded once.
 
@@ -102,6 +105,6 @@ def quant_matmul(
     """
     parts = []
     for part, seen in zip(x.chunk(len(scales)), scales, strict=True):
-        y = part.float() @ dequantize(codes, seen, zeros, bits, group_size, x.shape[1], torch.float32).t()
+        y = part.float() @ dequantize(codes, seen, zeros, bits, group_size, x.shape[1], torch.float32, codebook=codebook).t()
         parts.append((y if bias is None else y + bias.float()).to(x.dtype))
     return torch.cat(parts)

@@ -16,7 +16,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
   qzo evaluate runs/qzo-llama-2-13b-w4-seed0
   qzo export runs/qzo-llama-2-13b-w4-seed0 -o llama-13b-w4-sst2"""
 
-EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "hf", "peft")
+EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "hf", "peft")
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
     "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",
@@ -37,17 +37,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_quantize(verbs: argparse._SubParsersAction) -> None:
-    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ checkpoint out; the same command continues")
+    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ or bitsandbytes checkpoint out; the same command continues")
     p.add_argument("model", metavar="MODEL", help="model folder, hub id, or builtin:tiny-llama")
     p.add_argument("-o", "--out", required=True, help="new folder for the quantized model")
-    p.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="gptq needs --calibration (default: gptq)")
-    p.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
-    p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1), default=128, help="columns per scale; -1: whole rows (default: 128)")
+    p.add_argument("--method", choices=("gptq", "rtn", "int8", "nf4", "fp4"), default="gptq",
+                   help="gptq needs --calibration; int8, nf4 and fp4 are those of bitsandbytes (default: gptq)")  # fmt: skip
+    p.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="default: 4, for int8 8")
+    p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1), help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64)")
     sym = p.add_mutually_exclusive_group()
     sym.add_argument("--sym", dest="sym", action="store_true", default=True, help="zero point in the middle (default)")
     sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
     p.add_argument("--desc-act", action="store_true", help="quantize columns in order of activation size")
-    p.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="checkpoint format (default: gptq)")
+    p.add_argument("--format", choices=("gptq", "gptq_v2"), help="checkpoint format of gptq and rtn (default: gptq)")
     p.add_argument("--calibration", metavar="FILE", help="texts for gptq: jsonl with `text`, or a .txt file")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (default: 128)")
     p.add_argument("--max-length", type=int, default=512, help="tokens per calibration window (default: 512)")

@@ -182,4 +182,6 @@ def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dic
 
 def _dequantizes(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> bool:
     bits, group = shapes.quantization.bits, shapes.quantization.group
-    return device != "cuda" or shapes.noisy_codes or not all(takes_fused(work.tokens, dtype, bits, group(linear.cols), linear.cols) for linear in shapes.linears)
+    if device != "cuda" or shapes.noisy_codes or shapes.quantization.codebook:
+        return True
+    return not all(takes_fused(work.tokens, dtype, bits, group(linear.cols), linear.cols) for linear in shapes.linears)

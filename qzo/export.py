@@ -63,14 +63,15 @@ def export_run(
 
 
 def _rounded(folder: Folder, config: Quantization, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state as a quantized checkpoint holds it: scales in its format's dtype, the others in the base checkpoint's."""
+    """The state as a quantized checkpoint holds it: scales as its format holds them, the others in the base checkpoint's."""
     rounded = {}
     for name, value in state.items():
         tensor, _, kind = name.rpartition("/")
         if not value.is_floating_point():
             rounded[name] = value
             continue
-        rounded[name] = value.to(format_of(config).scale_dtype(folder, tensor) if kind == "scales" else folder.read(tensor).dtype)
+        is_scale = kind == "scales"
+        rounded[name] = format_of(config).rounded(folder, tensor, value) if is_scale else value.to(folder.read(tensor).dtype)
         if not bool(torch.isfinite(rounded[name]).all()):
             raise RunFailed(name, f"a tuned value beyond the range of {rounded[name].dtype}", "smaller values", "Tune with a lower lr.")
     return rounded
@@ -97,7 +98,8 @@ def _write_quantized(
             if codes is not None:
                 codes = untile_codes(codes, config.bits, _tuned(cols, f"{part[0]}/codes")).to(torch.uint8)
             value = layout.written(folder, *part, config, version, Moved(_tuned(rounded, f"{part[0]}/scales"), codes))
-        writer.add(name, value)
+        if value is not None:
+            writer.add(name, value)
         progress.update(number + 1)
     quantization, extra = layout.documents(folder, config, version)
     folder.copy_side_files(writer.partial)
@@ -132,9 +134,9 @@ def _rounding(folder: Folder, config: Quantization, state: dict[str, torch.Tenso
     worst, kinds = 0.0, set()
     for name, value in state.items():
         if name.endswith("/scales"):
-            kind = format_of(config).scale_dtype(folder, name.removesuffix("/scales"))
-            kinds.add({torch.float16: "fp16", torch.bfloat16: "bf16"}.get(kind, "fp32"))
-            change = (value.to(kind).float() - value).abs() / value.abs().clamp(min=1e-12)
+            rounded = format_of(config).rounded(folder, name.removesuffix("/scales"), value)
+            kinds.add({torch.float16: "fp16", torch.bfloat16: "bf16"}.get(rounded.dtype, "fp32"))
+            change = (rounded.float() - value).abs() / value.abs().clamp(min=1e-12)
             worst = max(worst, float(change.max()))
     return " and ".join(sorted(kinds)), worst
 

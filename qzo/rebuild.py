@@ -61,7 +61,7 @@ def _base_values(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], 
     """fp32 [rows, cols]."""
     name, _, kind = tensor["name"].rpartition("/")
     stored = stored_scales(folder, name, read_config(folder)) if kind == "scales" else folder.read(name)[None]
-    value = stored.to(device, torch.float32).contiguous()
+    value = stored.to(device, torch.float32, copy=True).contiguous()  # it will move in place; the folder's own must not
     if list(value.shape) != list(tensor["shape"]):
         raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{tensor['shape']}, as the journal says")
     return {tensor["name"]: value}

@@ -72,6 +72,14 @@ def test_weights_are_those_of_a_loaded_model(shared):
         assert found["embeddings, norms, head"] - sum(held.values()) in (0, biases), path.name
 
 
+def test_levels_of_a_table_go_through_the_scratch():
+    """The fused product takes none, however few the rows are."""
+    table = replace(LLAMA_13B, quantization=replace(LLAMA_13B.quantization, codebook=True))
+    plain, found = (estimate(shapes, Work(1, 64, 1), Work(1, 64, 1), torch.bfloat16, "cuda") for shapes in (LLAMA_13B, table))
+    assert plain.phases["step"]["scratch"] == 0 and found.phases["step"]["scratch"] == 13824 * 5120 * 2
+    assert plain.phases["load"]["codes"] == found.phases["load"]["codes"]
+
+
 def test_parts_follow_the_work():
     one = estimate(LLAMA_13B, Work(1, 64, 1), Work(1, 64, 1), torch.bfloat16, "cuda")
     many = estimate(LLAMA_13B, Work(16, 256, 16, 2), Work(16, 256, 16), torch.bfloat16, "cuda")

@@ -1,4 +1,4 @@
-"""AWQ and compressed-tensors folders with random codes, packed here field by field as the two layouts are published."""
+"""Folders of other formats than GPTQ with random codes, packed here field by field as the layouts are published."""
 
 import json
 import shutil
@@ -76,4 +76,44 @@ def make_compressed(base: Path, out: Path, bits: int = 4, size: int = 32, sym: b
     weights |= {"actorder": "group"} if order else {}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    return _write(base, out, config, make)
+
+
+def make_int8(base: Path, out: Path, sym: bool = True) -> tuple[Path, Dense]:
+    """LLM.int8, which is always symmetric."""
+
+    def make(module, shape):
+        weight, scb = torch.randint(-128, 128, shape, dtype=torch.int8), torch.rand(shape[0]) + 0.1
+        parts = {"weight": weight, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return parts, (scb / 127)[:, None] * weight
+
+    return _write(base, out, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": None}, make)
+
+
+NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
+       0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)  # fmt: skip
+FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+
+
+def make_4bit(base: Path, out: Path, kind: str = "nf4", size: int = 8, nested: int = 0, sym: bool = True) -> tuple[Path, Dense]:
+    """bitsandbytes; nested: how many absmax share one of the second quantization, 0 for none."""
+    levels = torch.tensor(NF4 if kind == "nf4" else FP4 + tuple(-x for x in FP4))
+
+    def make(module, shape):
+        codes, blocks = torch.randint(0, 16, shape), shape[0] * shape[1] // size
+        nibbles = codes.view(-1, 2)
+        state = {"quant_type": kind, "blocksize": size, "dtype": "float16", "shape": list(shape)}
+        parts = {"weight": (nibbles[:, :1] * 16 + nibbles[:, 1:]).to(torch.uint8), "weight.quant_map": levels.clone()}
+        absmax = torch.rand(blocks) + 0.1
+        if nested:
+            state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.7}
+            inner, outer, table = torch.randint(0, 256, (blocks,)), torch.rand(-(-blocks // nested)), torch.linspace(-1, 1, 256)
+            parts |= {"weight.absmax": inner.to(torch.uint8), "weight.nested_absmax": outer, "weight.nested_quant_map": table}
+            absmax = table[inner] * outer[torch.arange(blocks) // nested] + 0.7
+        else:
+            parts["weight.absmax"] = absmax
+        parts[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return parts, absmax[torch.arange(codes.numel()) // size].view(shape) * levels[codes]
+
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": bool(nested)}
     return _write(base, out, config, make)

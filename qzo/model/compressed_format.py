@@ -102,9 +102,9 @@ def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     return folder.read(f"{name}.{SCALES}")
 
 
-def scale_dtype(folder: Folder, name: str) -> torch.dtype:
-    """What an export rounds scales to."""
-    return folder.read(f"{name}.{SCALES}").dtype
+def rounded(folder: Folder, name: str, scales: torch.Tensor) -> torch.Tensor:
+    """Scales [N, G] as an export holds them: in the dtype of the base's."""
+    return scales.to(folder.read(f"{name}.{SCALES}").dtype)
 
 
 def written(folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved) -> torch.Tensor:

@@ -96,9 +96,9 @@ def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     return folder.read(f"{name}.{SCALES}").t()
 
 
-def scale_dtype(folder: Folder, name: str) -> torch.dtype:
-    """What an export rounds scales to."""
-    return torch.float16
+def rounded(folder: Folder, name: str, scales: torch.Tensor) -> torch.Tensor:
+    """Scales [N, G] as an export holds them: in fp16."""
+    return scales.to(torch.float16)
 
 
 def written(folder: Folder, name: str, part: str, config: GptqConfig, version: str, moved: Moved) -> torch.Tensor:

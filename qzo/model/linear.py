@@ -33,7 +33,7 @@ class Scratch:
 
 
 class QuantLinear(nn.Module):
-    """y = x·Wᵀ + bias with W[n, k] = scales[n, k // group_size]·(code - zero), W never stored.
+    """y = x·Wᵀ + bias with W[n, k] = scales[n, k // group_size]·(code - zero), or ·codebook[code], W never stored.
 
     scales is a Parameter without gradient, fp32 [N, G]. With `noise` set, x [V·B, ..., K] is cut into V equal parts
     along dim 0, and part v is multiplied with the weight under variant v of the noise, on the scales or on the codes.
@@ -52,6 +52,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", tensors.codes)
         self.register_buffer("zeros", tensors.zeros)
         self.register_buffer("perm", tensors.perm)
+        self.register_buffer("codebook", tensors.codebook)
         self.scales = nn.Parameter(tensors.scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scratch = scratch or Scratch()
@@ -67,7 +68,8 @@ class QuantLinear(nn.Module):
     def weight(self, dtype: torch.dtype, scales: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [N, K] under `scales` (by default the stored ones), its columns in the order of the model's channels."""
         scales = self.scales if scales is None else scales
-        weight = ops.dequantize(self._codes(), scales, self.zeros, self.bits, self.group_size, self.in_features, dtype)
+        shape = (self.bits, self.group_size, self.in_features)
+        weight = ops.dequantize(self._codes(), scales, self.zeros, *shape, dtype, codebook=self.codebook)
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,14 +78,16 @@ class QuantLinear(nn.Module):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
+        if self.codebook is not None and (self.activations or isinstance(self.noise, ops_noisy.CodeNoise)):
+            raise ValueError(f"{self.name}: codes of a codebook with 8-bit activations or noise on codes; expected noise on the scales")
         if isinstance(self.noise, ops_noisy.CodeNoise):
             return ops_noisy.noisy_matmul(x, *weight, self.bias, self.noise, self.activations, self.scratch.like(x))
         if self.activations:
             packed = ops_a8.takes_packed(self.bits, self.group_size, self.in_features)
             return ops_a8.quant_matmul_a8(x, *weight, self.activations, self.bias, self.noise, None if packed else self.scratch.like(x))
-        route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise)
+        route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise, self.codebook)
         scratch = self.scratch.like(x) if route == "dequantize" else None
-        return ops.quant_matmul(x, *weight, self.bias, self.noise, scratch, route)
+        return ops.quant_matmul(x, *weight, self.bias, self.noise, scratch, route, self.codebook)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"

@@ -129,7 +129,7 @@ def _read(folder: Folder, name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "") -> None:
-    """Read the parameters below `prefix` that are still on meta. Raises BadInput for missing or misshapen tensors."""
+    """Read the parameters below `prefix` that are still on meta. Raises BadInput for missing or misshapen tensors, and for integers."""
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for module_name, module in model.named_modules():
         if not f"{module_name}.".startswith(prefix) or isinstance(module, QuantLinear) or module is tied:
@@ -139,6 +139,9 @@ def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dt
                 if old is None or not old.is_meta or name in module._non_persistent_buffers_set:
                     continue
                 value = _read(folder, f"{module_name}.{name}", old.shape)
+                if old.is_floating_point() and not value.is_floating_point():
+                    raise BadInput(f"{folder.path}, {module_name}.{name}", f"{value.dtype}, and no scales", "floating-point weights",
+                                   "The checkpoint is incomplete.")  # fmt: skip
                 value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
                 store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
     if tied is not None:
@@ -217,6 +220,8 @@ def load_model(
     """
     folder = Folder(name)
     config = read_config(folder)
+    if activations and config is not None and config.codebook:
+        raise BadInput("activations", f"{activations} with NF4 or FP4 weights", "weights on a uniform grid, or activations of 16 bits")
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"

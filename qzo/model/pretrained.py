@@ -76,11 +76,10 @@ class CheckpointQuantizer(HfQuantizer):
             if not isinstance(layer, QuantLinear):
                 continue
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.") or key == f"{name}.bias"}
-            codes = untile_codes(layer.codes, layer.bits, layer.in_features).to("cpu", torch.uint8)
-            moved = Moved(layer.scales.detach().cpu().to(layout.scale_dtype(folder, name)), codes)
-            for part in layout.PARTS:
-                if f"{name}.{part}" in folder:
-                    state[f"{name}.{part}"] = layout.written(folder, name, part, config, config.version, moved)
+            codes = None if config.codebook else untile_codes(layer.codes, layer.bits, layer.in_features).to("cpu", torch.uint8)
+            moved = Moved(layout.rounded(folder, name, layer.scales.detach().cpu()), codes)
+            parts = {part: layout.written(folder, name, part, config, config.version, moved) for part in layout.PARTS if f"{name}.{part}" in folder}
+            state |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
         for stored in folder.tensors:  # embeddings that were kept in host memory, biases of zeros
             if stored not in state and f"model.{stored}" not in state:
                 state[stored] = folder.read(stored)

@@ -1,4 +1,4 @@
-"""What formats with a uniform grid share: one Linear as qzo keeps it, and the checks and steps that bring it there."""
+"""What the formats share: one Linear as qzo keeps it, and the checks and steps that bring it there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,15 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Quantization:
     """What a config says of every format. group_size -1: one group per row of K; sym: zeros are 2**(bits - 1) everywhere; desc_act: columns
-    are reordered; version: the name under --format that writes the same one again."""
+    are reordered; codebook: codes name levels of a table, and so have no neighbours; version: the name under --format that writes the
+    same one again."""
 
     bits: int
     group_size: int
     sym: bool = True
     desc_act: bool = False
     version: str = ""
+    codebook: bool = False
 
     def group(self, cols: int) -> int:
         """Columns per scale of a weight with `cols`."""
@@ -34,17 +36,19 @@ class LayerTensors:
 
     codes int32 [N, words] in memory's layout (qzo_kernels.pack); scales fp32 [N, G]; zeros uint8 [N, G]
     or None (2**(bits - 1) everywhere); perm int64 [K] or None: sorted column p holds input channel perm[p].
+    With codebook fp32 [2**bits] it is W[n, k] = scales[n, k // group_size]·codebook[code], and zeros are None.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     perm: torch.Tensor | None
+    codebook: torch.Tensor | None = None
 
 
 @dataclass
 class Moved:
-    """What an export writes instead of the base's: scales [N, G] rounded to the format's dtype, codes uint8 [N, K] sorted by group; None: nothing."""
+    """What an export writes instead of the base's: scales [N, G] as the format's `rounded` gives them, codes uint8 [N, K] sorted by group; None: nothing."""
 
     scales: torch.Tensor | None = None
     codes: torch.Tensor | None = None
@@ -88,6 +92,14 @@ def read_tensor(folder: Folder, name: str, key: str, shape: tuple[int, int], sca
                        "config.json, bits or group_size do not fit these weights.")  # fmt: skip
     if tensor.is_floating_point() != scales or (not scales and tensor.dtype != torch.int32):
         raise BadInput(f"{folder.path}, {name}.{key}", str(tensor.dtype), "int32, and floating-point scales")
+    return tensor
+
+
+def exact_tensor(folder: Folder, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor `name`. Raises BadInput for another shape or dtype."""
+    tensor = folder.read(name)
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise BadInput(f"{folder.path}, {name}", f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shape)}")
     return tensor
 
 

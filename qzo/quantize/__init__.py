@@ -1,4 +1,4 @@
-"""A 16-bit model folder in, a GPTQ checkpoint out."""
+"""A 16-bit model folder in, a GPTQ or bitsandbytes checkpoint out."""
 
 import time
 from collections.abc import Callable
@@ -12,27 +12,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qzo.model.files import Folder
-    from qzo.model.gptq_format import GptqConfig
     from qzo.model.save import FolderWriter
+    from qzo.model.uniform import Quantization
     from qzo.quantize.resume import LayerWriter
     from qzo.quantize.walk import Walk
 
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "rtn", "int8", "nf4", "fp4")
 FORMATS = ("gptq", "gptq_v2")
 KEPT = "The layers that are done are kept; the same command continues."
 
 
 def quantize_model(
-    model: str, out: str | Path, method: str = "gptq", bits: int = 4, group_size: int = 128, sym: bool = True,
-    desc_act: bool = False, format: str = "gptq", calibration: str | None = None, samples: int = 128,
+    model: str, out: str | Path, method: str = "gptq", bits: int | None = None, group_size: int | None = None, sym: bool = True,
+    desc_act: bool = False, format: str | None = None, calibration: str | None = None, samples: int = 128,
     max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None, restart: bool = False,
 ) -> dict:  # fmt: skip
     """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
 
     One layer at a time is in memory. GPTQ reads `samples` windows of `max_length` tokens (at most the model's
-    context) from `calibration`; rtn needs none. `progress(linears done, in all, text)` is called first and after each set
+    context) from `calibration`; rtn, and bitsandbytes' int8, nf4 and fp4, need none. None: 4 bits, groups of 128 and the format gptq;
+    for bitsandbytes its format and bits, and blocks of 64. `progress(linears done, in all, text)` is called first and after each set
     of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
-    error of the Linears' outputs on the calibration inputs, of their weights for rtn; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
+    error of the Linears' outputs on the calibration inputs, of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
 
     A call that was killed, interrupted or out of memory or disk space leaves the layers that it finished in
@@ -44,6 +45,8 @@ def quantize_model(
     from qzo.model.load import load_tokenizer, pick_device, pick_dtype, skeleton
     from qzo.quantize.calibration import load_windows
     from qzo.quantize.resume import LayerWriter, settings_of
+    from qzo.quantize.bnb import METHODS as LIBRARY
+    from qzo.quantize.bnb import BnbWalk
     from qzo.quantize.walk import Walk
 
     begin = time.monotonic()
@@ -58,7 +61,8 @@ def quantize_model(
         length = min(max_length, getattr(network.config, "max_position_embeddings", max_length))
         windows = load_windows(calibration, load_tokenizer(folder), samples, length, network.config.vocab_size)
     with LayerWriter(out, settings_of(folder, config, method, windows, where.type, str(dtype)), restart) as writer:
-        walk = Walk(network, folder, config, where, dtype)
+        arguments = (network, folder, config, where, dtype)
+        walk = BnbWalk(method, *arguments) if method in LIBRARY else Walk(*arguments)
         path = _write(walk, windows, names, writer, progress or (lambda *_: None))
     errors = [error for layer in writer.layers for error in layer]
     return {
@@ -98,20 +102,23 @@ def _write(
         _copy_rest(walk.folder, walk.model, names, writer)
         walk.folder.copy_side_files(writer.partial)
         check()
-        document = walk.config.to_dict()
-        return writer.finish({**walk.folder.config, "quantization_config": document}, {"quantize_config.json": document})
+        document, extra = walk.documents(names)
+        return writer.finish({**walk.folder.config, "quantization_config": document}, extra)
 
 
 def _settings(
-    method: str, bits: int, group_size: int, sym: bool, desc_act: bool, format: str,
+    method: str, bits: int | None, group_size: int | None, sym: bool, desc_act: bool, format: str | None,
     calibration: str | None, samples: int, max_length: int,
-) -> "GptqConfig":  # fmt: skip
+) -> "Quantization":  # fmt: skip
     from qzo.model.gptq_format import BITS, GptqConfig
 
     wrong = None
     if method not in METHODS:
-        wrong = ("method", method, " or ".join(METHODS))
-    elif bits not in BITS:
+        raise BadInput("method", method, ", ".join(METHODS))
+    if method not in ("gptq", "rtn"):
+        return _of_library(method, bits, group_size, sym, desc_act, format)
+    bits, group_size, format = (4 if bits is None else bits), (128 if group_size is None else group_size), format or "gptq"
+    if bits not in BITS:
         wrong = ("bits", str(bits), "2, 3, 4 or 8")
     elif group_size != -1 and group_size < 1:
         wrong = ("group_size", str(group_size), "a positive whole number, or -1 for whole rows")
@@ -128,7 +135,16 @@ def _settings(
     return GptqConfig(bits, group_size, sym, desc_act, format)
 
 
-def _check_model(folder: "Folder", network: "nn.Module", config: "GptqConfig") -> list[str]:
+def _of_library(method: str, bits: int | None, block: int | None, sym: bool, desc_act: bool, format: str | None) -> "Quantization":
+    from qzo.quantize.bnb import settings
+
+    for key, given, right in (("sym", "false", sym), ("desc_act", "true", not desc_act), ("format", format, format is None)):
+        if not right:
+            raise BadInput(key, f"{given} with method {method}", "method gptq or rtn: bitsandbytes has one format and no such setting")
+    return settings(method, bits, block)
+
+
+def _check_model(folder: "Folder", network: "nn.Module", config: "Quantization") -> list[str]:
     """The full names of the Linears to quantize. Raises BadInput for what the quantizer or the format does not take."""
     from torch import nn
 
@@ -145,6 +161,9 @@ def _check_model(folder: "Folder", network: "nn.Module", config: "GptqConfig") -
             if config.bits == 3 and any(size % 32 for size in sizes):
                 raise BadInput(name, f"a weight of {sizes[0]}×{sizes[1]}", "multiples of 32 at 3 bits (3 words hold 32 codes)",
                                "Use 2, 4 or 8 bits.")  # fmt: skip
+            if config.codebook and sizes[1] % config.group_size:
+                raise BadInput(name, f"rows of {sizes[1]}", f"whole blocks of {config.group_size}: one scale must not be of two rows",
+                               "Use a smaller group_size, or method gptq, rtn or int8.")  # fmt: skip
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             raise BadInput(name, f"weights in a {type(module).__name__}", "decoder layers whose weights are in Linears")
     for name, parameter in network.named_parameters():

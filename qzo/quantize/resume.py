@@ -22,15 +22,15 @@ import qzo
 from qzo.disk import fsync_path
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
-from qzo.model.gptq_format import GptqConfig
 from qzo.model.save import FolderWriter, NotWritten
+from qzo.model.uniform import Quantization
 
 PROGRESS = "progress.json"
 _ENDS = 1 << 20
 _FINAL = re.compile(r"model-(\d{5})-of-\d{5}\.safetensors")
 
 
-def settings_of(folder: Folder, config: GptqConfig, method: str, windows: torch.Tensor | None, device: str, dtype: str) -> dict[str, Any]:
+def settings_of(folder: Folder, config: Quantization, method: str, windows: torch.Tensor | None, device: str, dtype: str) -> dict[str, Any]:
     """All that the quantized tensors depend on, as JSON; weights and calibration windows (int64 or None) by a hash."""
     settings = {
         "model": _identity(folder), "method": method, "bits": config.bits, "group_size": config.group_size, "sym": config.sym,

@@ -51,6 +51,11 @@ class Walk:
         self.model, self.folder, self.config, self.device, self.dtype = model, folder, config, device, dtype
         self.prefix, self.layers = decoder_layers(model)
 
+    def documents(self, names: list[str]) -> tuple[dict[str, Any], dict[str, dict]]:
+        """(quantization_config, further JSON files by name) of the folder in which the Linears `names` are quantized."""
+        document = self.config.to_dict()
+        return document, {"quantize_config.json": document}
+
     @torch.no_grad()
     def run(
         self, windows: Tensor | None, writer: LayerWriter, report: Callable[[list[str], float], None],
@@ -169,11 +174,7 @@ class Walk:
         Returns the relative error.
         """
         names = [f"{name}.{linear}" for linear in subset]
-        weights = []
-        for full in names:
-            weights.append(self.folder.read(f"{full}.weight").to(self.device, torch.float32))
-            if not bool(torch.isfinite(weights[-1]).all()):
-                raise BadInput(f"{self.folder.path}, {full}.weight", "infinities or NaN", "finite weights")
+        weights = [finite_weight(self.folder, full, self.device).float() for full in names]
         sizes = [len(weight) for weight in weights]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         del weights
@@ -187,7 +188,15 @@ class Walk:
             write_linear(writer, full, rows, result, self.config)
             if hessian is not None:
                 layer.get_submodule(linear).weight.copy_(restored[rows])
-        return _relative_error(weight, restored, hessian)
+        return relative_error(weight, restored, hessian)
+
+
+def finite_weight(folder: Folder, name: str, device: torch.device) -> Tensor:
+    """The weight of the Linear `name` on `device`, as it is stored. Raises BadInput for infinities and NaN."""
+    weight = folder.read(f"{name}.weight").to(device)
+    if not bool(torch.isfinite(weight).all()):
+        raise BadInput(f"{folder.path}, {name}.weight", "infinities or NaN", "finite weights")
+    return weight
 
 
 def add_second_moment(hessian: Tensor, x: Tensor) -> None:
@@ -233,8 +242,8 @@ def _subsets(layer: nn.Module, hidden: Tensor, kwargs: dict) -> list[list[str]]:
     return subsets
 
 
-def _relative_error(weight: Tensor, restored: Tensor, hessian: Tensor | None) -> float:
-    """Overwrites `restored`."""
+def relative_error(weight: Tensor, restored: Tensor, hessian: Tensor | None) -> float:
+    """‖(Ŵ - W)X‖/‖WX‖ with hessian XᵀX, ‖Ŵ - W‖/‖W‖ without. Overwrites `restored`."""
     error = restored.sub_(weight)
     if hessian is None:
         return float(error.norm() / weight.norm().clamp(min=1e-30))

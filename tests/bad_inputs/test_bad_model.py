@@ -23,8 +23,8 @@ def cut(name):
     return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name][:-1]}))
 
 
-def drop(name):
-    return lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(name))
+def drop(*names):
+    return lambda folder: edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
 
 
 def put(name, make):
@@ -120,14 +120,14 @@ CASES = {
     "qweight dtype": (put(f"{Q}.qweight", torch.Tensor.long), [f"{Q}.qweight: torch.int64; expected int32"]),
     "scales dtype": (put(f"{Q}.scales", torch.Tensor.int), [f"{Q}.scales: torch.int32; expected int32, and floating-point scales"]),
     "missing scales": (drop(f"{Q}.scales"), [f"no tensor {Q}.scales", "incomplete"]),
-    "missing weight": (drop(f"{Q}.qweight"), [f"no tensor {Q}.weight", "incomplete"]),
+    "missing weight": (drop(f"{Q}.qweight"), [f"no tensor {Q}.qweight", "incomplete"]),
     "missing norm": (drop("model.norm.weight"), ["no tensor model.norm.weight"]),
     "nan scales": (NAN, [f"{Q}.scales: infinities or NaN"]),
     "infinite scales": (INFINITE, [f"{Q}.scales: infinities or NaN"]),
     # quantization_config
     "format": (quantization(checkpoint_format="gptq_v3"), ["config.json", "format 'gptq_v3'", "gptq or gptq_v2"]),
     "hqq": (quantization(quant_method="hqq"), ["config.json", "format 'hqq'; expected one of gptq, awq, compressed-tensors"]),
-    "bitsandbytes": (quantization(quant_method="bitsandbytes", load_in_4bit=True), ["format 'bitsandbytes'"]),
+    "bitsandbytes": (quantization(quant_method="bitsandbytes"), ["bitsandbytes with neither load_in_8bit nor load_in_4bit"]),
     "method a number": (quantization(quant_method=4), ["format 4; expected one of gptq"]),
     "method a list": (quantization(quant_method=["gptq"]), ["format ['gptq']; expected one of gptq"]),
     "awq of a gptq file": (quantization(quant_method="awq"), ["AWQ in the layout 'gptq'; expected gemm"]),

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_formats import make_awq, make_compressed
+from tiny_formats import make_4bit, make_awq, make_compressed, make_int8
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qzo.errors import BadInput
-from qzo.estimate import Shapes
+from qzo.estimate import Shapes, Work, estimate
 from qzo.model.files import Folder
 from qzo.model.formats import FORMATS, format_of, read_config
 from qzo.model.load import load_model
@@ -23,6 +23,10 @@ CASES = {
     "compressed 4 sym": (make_compressed, {"sym": True, "size": 8}),
     "compressed 4 ordered": (make_compressed, {"order": True}),
     "compressed 8 channel": (make_compressed, {"bits": 8, "size": -1}),
+    "int8": (make_int8, {"sym": True}),
+    "nf4": (make_4bit, {"sym": True}),
+    "nf4 nested": (make_4bit, {"sym": True, "nested": 100}),
+    "fp4": (make_4bit, {"sym": True, "kind": "fp4", "size": 4}),
     "compressed 8 sym ordered": (make_compressed, {"bits": 8, "sym": True, "order": True}),
 }
 
@@ -56,7 +60,9 @@ def test_shapes(case, llama16, tmp_path):
     assert sorted((linear.rows, linear.cols) for linear in shapes.linears) == sorted(
         (layer.out_features, layer.in_features) for layer in loaded.layers.values()
     )
-    assert {linear.layer for linear in shapes.linears} == {0}
+    assert {linear.layer for linear in shapes.linears} == {0} and shapes.quantization.codebook == (make is make_4bit)
+    found, layers = estimate(shapes, Work(1, 8, 1), Work(1, 8, 1), torch.float32, "cpu").phases["load"], loaded.layers.values()
+    assert found["codes"] == sum(layer.codes.nbytes for layer in layers) and found["scales"] == sum(layer.scales.nbytes for layer in layers)
     assert set(shapes.others) == {name for name, _ in loaded.model.named_parameters() if not name.endswith(".scales")}
 
 
@@ -65,7 +71,7 @@ def test_many_rows(llama16, tmp_path):
     from tiny_runs import make_model
 
     base = make_model(tmp_path / "16", intermediate_size=200)
-    for make in (make_awq, make_compressed):
+    for make in (make_awq, make_compressed, make_int8, make_4bit):
         folder, dense = make(base, tmp_path / make.__name__)
         loaded = load_model(str(folder), "cpu", "fp32")
         name = "model.layers.0.mlp.up_proj"
@@ -76,7 +82,7 @@ def test_every_format_answers():
     """What formats.py asks of a module is there, and no two write under one name."""
     names = [name for layout in FORMATS.values() for name in layout.VERSIONS]
     assert len(set(names)) == len(names) and "hf" not in names
-    functions = ("read_config", "shape", "read_layer", "stored_scales", "scale_dtype", "written", "documents")
+    functions = ("read_config", "shape", "read_layer", "stored_scales", "rounded", "written", "documents")
     for layout in FORMATS.values():
         assert all(callable(getattr(layout, function)) for function in functions)
         assert layout.CODES in layout.PARTS and layout.SCALES in layout.PARTS

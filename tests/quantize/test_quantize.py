@@ -115,7 +115,7 @@ def test_same_input_same_bytes(tiny, tmp_path, calibration):
 
 
 REFUSED = {
-    "method": ({"method": "awq"}, "method: awq; expected gptq or rtn"),
+    "method": ({"method": "awq"}, "method: awq; expected gptq, rtn, int8, nf4, fp4"),
     "bits": ({"bits": 5}, "bits: 5; expected 2, 3, 4 or 8"),
     "group": ({"group_size": 0}, "group_size: 0"),
     "format": ({"format": "marlin"}, "format: marlin; expected gptq or gptq_v2"),
