@@ -119,7 +119,7 @@ def rename(folder, old, new):
 NEWER = {
     "another version": (lambda f: edit(f, checkpoint_format="gptq_v3"), "gptq_v3"),
     "other bits": (lambda f: edit(f, bits=5), "bits 5"),
-    "another name of the codes": (lambda f: rename(f, "up_proj.qweight", "up_proj.qweight2"), "no tensor model.layers.0.mlp.up_proj.weight.*newer"),
+    "another name of the codes": (lambda f: rename(f, "up_proj.qweight", "up_proj.qweight2"), "up_proj.qweight2: a tensor that this version does not know.*newer"),
     "a tensor too many": (lambda f: rename(f, "model.norm.weight", "model.layers.0.mlp.up_proj.outliers"), "no tensor model.norm.weight"),
 }  # fmt: skip
 
