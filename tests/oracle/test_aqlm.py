@@ -1,11 +1,15 @@
 """AQLM checkpoints against transformers with aqlm itself: what we read, tune and write, it reads the same."""
 
 import json
+import sys
 
 import pytest
 import torch
 from round_trip import exports_hf, logits, our_logits, tune_and_export, untouched
 from tiny_formats import make_aqlm
+from tiny_runs import write_recipe
+from transformers.utils import import_utils
+from wheels import install
 
 from qzo.cli import main
 from qzo.errors import BadInput
@@ -13,6 +17,15 @@ from qzo.estimate import Shapes, Work, estimate
 from qzo.model.load import load_model
 
 KINDS = {"1x16": (1, 16), "2x8": (2, 8)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library(pytestconfig, tmp_path_factory):
+    folder = str(install(pytestconfig, tmp_path_factory, "aqlm-1.1.7", "aqlm/inference.py", "aqlm==1.1.7"))
+    sys.path.append(folder)
+    import_utils.is_aqlm_available.cache_clear()
+    yield
+    sys.path.remove(folder)
 
 
 def their_logits(folder) -> torch.Tensor:
@@ -90,8 +103,6 @@ def test_other_shapes_of_codes_are_refused(keys, said, llama16, tmp_path):
     (["method=quzo"], "method"), (["activations=int8", "method=quzo"], "activations"), (["method=quzo-lora"], None),
 ])  # fmt: skip
 def test_only_scales_and_adapters_move(keys, said, llama16, sentiment, tmp_path, capsys):
-    from tiny_runs import write_recipe
-
     folder, _ = make_aqlm(llama16, tmp_path / "base", 2, 8)
     recipe = write_recipe(tmp_path / "recipe.yaml", folder, sentiment, steps=2, eps=0.01, lr=0.001, stacked=True)
     assert main(["tune", recipe, *keys]) == (2 if said else 0)
