@@ -8,6 +8,7 @@ import torch
 from round_trip import exports_hf, logits, our_logits, tune_and_export, untouched
 from tiny_formats import make_aqlm
 from tiny_runs import write_recipe
+from tiny_scripts import script
 from transformers.utils import import_utils
 from wheels import install
 
@@ -107,3 +108,15 @@ def test_only_scales_and_adapters_move(keys, said, llama16, sentiment, tmp_path,
     recipe = write_recipe(tmp_path / "recipe.yaml", folder, sentiment, steps=2, eps=0.01, lr=0.001, stacked=True)
     assert main(["tune", recipe, *keys]) == (2 if said else 0)
     assert said is None or f"recipe, {said}" in capsys.readouterr().err
+
+
+def test_made_by_k_means(llama16, tmp_path, monkeypatch):
+    """scripts/make_aqlm: near the 16-bit weights by what two codebooks of 256 can be, and read by aqlm as by us."""
+    made = script("make_aqlm")
+    monkeypatch.setattr(sys, "argv", ["make_aqlm", str(llama16), "-o", str(tmp_path / "out")])
+    made.main()
+    torch.testing.assert_close(our_logits(tmp_path / "out", "fp32"), their_logits(tmp_path / "out"), rtol=1e-4, atol=1e-4)
+    dense = dict(load_model(str(llama16), "cpu", "fp32").model.named_parameters())
+    for name, layer in load_model(str(tmp_path / "out"), "cpu", "fp32").layers.items():
+        weight = dense[f"{name}.weight"]
+        assert float((layer.weight(torch.float32) - weight).norm() / weight.norm()) < 0.35, name
