@@ -92,7 +92,7 @@ class Shapes:
         linears, others, layout = [], {}, format_of(quantization)
         for tensor in folder.tensors:
             part = part_of(folder, tensor, quantization)
-            if part is None:
+            if part is None or part[1] == "codebooks":
                 others[tensor] = torch.Size(folder.shape(tensor)).numel()
             elif part[1] == layout.CODES:
                 inside = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor)

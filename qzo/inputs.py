@@ -33,11 +33,11 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
     folder = Folder(recipe.model)
     config = read_config(folder)
     if config is None:
-        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ, AWQ, compressed-tensors or bitsandbytes checkpoint",
+        raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ, AWQ, AQLM, compressed-tensors or bitsandbytes checkpoint",
                        f"Quantize it first: qzo quantize {recipe.model} -o OUT, then model=OUT.")  # fmt: skip
     for key, value in (("activations", recipe.activations), ("method", "quzo" if recipe.method == "quzo" else None)):
         if value and config.codebook:
-            raise BadInput(f"recipe, {key}", f"{value} with NF4 or FP4 weights, whose codes name levels of a table", "weights on a uniform grid",
+            raise BadInput(f"recipe, {key}", f"{value} with NF4, FP4 or AQLM weights, whose codes name entries of a table", "weights on a uniform grid",
                            f"Leave {key} out, or use a GPTQ, AWQ, compressed-tensors or LLM.int8 model.")  # fmt: skip
     if recipe.activations == "fp8" and config.bits == 8:
         raise BadInput("recipe, activations", "fp8 with a model of 8 bits", "int8, which multiplies such codes as they are", "Set activations=int8.")

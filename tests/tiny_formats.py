@@ -117,3 +117,21 @@ def make_4bit(base: Path, out: Path, kind: str = "nf4", size: int = 8, nested: i
 
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": bool(nested)}
     return _write(base, out, config, make)
+
+
+def make_aqlm(base: Path, out: Path, count: int, bits: int) -> tuple[Path, Dense]:
+    """`count` codebooks of 2**bits random vectors; the same codebooks for every Linear."""
+    books = torch.randn(count, 1 << bits, 1, 8, generator=torch.Generator().manual_seed(5)).half()
+
+    def make(module, shape):
+        rows, groups = shape[0], shape[1] // 8
+        plain = torch.randint(0, 1 << bits, (rows, groups, count))
+        scales = ((0.5 + torch.rand(rows, 1, 1, 1)) / shape[1] ** 0.5).half()
+        whole = sum(books[c, :, 0].float()[plain[..., c]] for c in range(count))
+        small = torch.int16 if bits == 16 else torch.int8
+        codes = torch.where(plain >= 1 << (bits - 1), plain - (1 << bits), plain).to(small)
+        return {"codes": codes, "codebooks": books.clone(), "scales": scales}, whole.flatten(1) * scales[:, 0, 0].float()
+
+    config = {"quant_method": "aqlm", "num_codebooks": count, "nbits_per_codebook": bits, "in_group_size": 8, "out_group_size": 1,
+              "linear_weights_not_to_quantize": ["lm_head", "lm_head.weight", "model.embed_tokens.weight"]}  # fmt: skip
+    return _write(base, out, config, make)

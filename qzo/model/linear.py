@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from qzo_kernels import ops, ops_a8, ops_noisy
+from qzo_kernels import ops, ops_a8, ops_noisy, ops_vectors
 from torch import nn
 
 from qzo.model.uniform import LayerTensors
@@ -33,7 +33,7 @@ class Scratch:
 
 
 class QuantLinear(nn.Module):
-    """y = x·Wᵀ + bias with W[n, k] = scales[n, k // group_size]·(code - zero), or ·codebook[code], W never stored.
+    """y = x·Wᵀ + bias with W[n, k] = scales[n, k // group_size]·(code - zero), or ·codebook[code], W never stored: see LayerTensors.
 
     scales is a Parameter without gradient, fp32 [N, G]. With `noise` set, x [V·B, ..., K] is cut into V equal parts
     along dim 0, and part v is multiplied with the weight under variant v of the noise, on the scales or on the codes.
@@ -53,6 +53,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", tensors.zeros)
         self.register_buffer("perm", tensors.perm)
         self.register_buffer("codebook", tensors.codebook)
+        self.vectors = tensors.codebook is not None and tensors.codebook.dim() == 3
         self.scales = nn.Parameter(tensors.scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scratch = scratch or Scratch()
@@ -68,6 +69,8 @@ class QuantLinear(nn.Module):
     def weight(self, dtype: torch.dtype, scales: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [N, K] under `scales` (by default the stored ones), its columns in the order of the model's channels."""
         scales = self.scales if scales is None else scales
+        if self.vectors:
+            return (ops_vectors.vector_dequantize(self._codes(), self.codebook, self.in_features, torch.float32) * scales).to(dtype)
         shape = (self.bits, self.group_size, self.in_features)
         weight = ops.dequantize(self._codes(), scales, self.zeros, *shape, dtype, codebook=self.codebook)
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
@@ -80,6 +83,8 @@ class QuantLinear(nn.Module):
         weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
         if self.codebook is not None and (self.activations or isinstance(self.noise, ops_noisy.CodeNoise)):
             raise ValueError(f"{self.name}: codes of a codebook with 8-bit activations or noise on codes; expected noise on the scales")
+        if self.vectors:
+            return ops_vectors.vector_matmul(x, self._codes(), self.codebook, self.scales, self.bias, self.noise, self.scratch.like(x))
         if isinstance(self.noise, ops_noisy.CodeNoise):
             return ops_noisy.noisy_matmul(x, *weight, self.bias, self.noise, self.activations, self.scratch.like(x))
         if self.activations:

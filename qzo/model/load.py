@@ -221,7 +221,7 @@ def load_model(
     folder = Folder(name)
     config = read_config(folder)
     if activations and config is not None and config.codebook:
-        raise BadInput("activations", f"{activations} with NF4 or FP4 weights", "weights on a uniform grid, or activations of 16 bits")
+        raise BadInput("activations", f"{activations} with NF4, FP4 or AQLM weights", "weights on a uniform grid, or activations of 16 bits")
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"

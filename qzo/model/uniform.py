@@ -36,7 +36,8 @@ class LayerTensors:
 
     codes int32 [N, words] in memory's layout (qzo_kernels.pack); scales fp32 [N, G]; zeros uint8 [N, G]
     or None (2**(bits - 1) everywhere); perm int64 [K] or None: sorted column p holds input channel perm[p].
-    With codebook fp32 [2**bits] it is W[n, k] = scales[n, k // group_size]·codebook[code], and zeros are None.
+    With codebook fp32 [2**bits] it is W[n, k] = scales[n, k // group_size]·codebook[code], and zeros are None. With a codebook of
+    vectors [C, S, 8] codes are as qzo_kernels.reference_vectors has them, and scales are of rows.
     """
 
     codes: torch.Tensor

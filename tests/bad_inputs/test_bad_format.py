@@ -125,8 +125,8 @@ def test_double_quantization(case, llama16, sentiment, tmp_path, refused):
 
 
 @pytest.mark.parametrize("keys, says", [
-    ({"method": "quzo", "lr": 0.1}, "recipe, method: quzo with NF4 or FP4 weights, whose codes name levels of a table"),
-    ({"activations": "int8"}, "recipe, activations: int8 with NF4 or FP4 weights, whose codes name levels of a table"),
+    ({"method": "quzo", "lr": 0.1}, "recipe, method: quzo with NF4, FP4 or AQLM weights, whose codes name entries of a table"),
+    ({"activations": "int8"}, "recipe, activations: int8 with NF4, FP4 or AQLM weights, whose codes name entries of a table"),
 ])  # fmt: skip
 def test_what_needs_a_uniform_grid(keys, says, llama16, sentiment, tmp_path, refused):
     folder, _ = make_4bit(llama16, tmp_path / "model")

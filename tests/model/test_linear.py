@@ -44,5 +44,5 @@ def test_levels_of_a_table_are_no_grid(llama16, tmp_path):
     layer.noise, layer.activations = None, "int8"
     with pytest.raises(ValueError, match="q_proj: codes of a codebook"):
         layer(torch.ones(1, 64))
-    with pytest.raises(BadInput, match="activations: int8 with NF4 or FP4 weights"):
+    with pytest.raises(BadInput, match="activations: int8 with NF4, FP4 or AQLM weights"):
         load_model(str(folder), "cpu", "fp32", activations="int8")

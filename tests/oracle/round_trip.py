@@ -61,7 +61,7 @@ def scales_in(key: str, stored: torch.Tensor, rows: int) -> torch.Tensor:
     """[N, G] out of the tensor `key` of a checkpoint."""
     if key.endswith(".SCB"):
         return stored[:, None] / 127
-    return stored.t() if key.endswith(".scales") else stored.view(rows, -1)
+    return stored.t() if key.endswith(".scales") and stored.dim() == 2 else stored.view(rows, -1)
 
 
 def untouched(base: Path, work: Path) -> None:
@@ -76,7 +76,7 @@ def exports_hf(work: Path) -> None:
     assert main(["export", str(work / "run"), "-o", str(work / "hf"), "--format", "hf"]) == 0
     written, (run, _, _) = tensors_of(work / "hf"), load_run(str(work / "run"), "cpu", "fp32")
     assert run.layers and all(torch.equal(written[f"{n}.weight"], layer.weight(torch.float16)) for n, layer in run.layers.items())
-    assert not any(name.endswith(("scale", "scales", "packed", "qweight", "qzeros", "shape", "point", "SCB", "format", "absmax", "map", "4")) for name in written)
+    assert not any(name.endswith(("scale", "scales", "packed", "qweight", "qzeros", "shape", "point", "SCB", "format", "absmax", "map", "4", "codes", "books")) for name in written)
     assert "quantization_config" not in json.loads((work / "hf" / "config.json").read_text())
     torch.testing.assert_close(our_logits(work / "hf", "fp32"), logits(run.model), rtol=0, atol=0.02)
     assert main(["export", str(work / "run"), "-o", str(work / "other"), "--format", "gptq_v2"]) == 2
