@@ -1,6 +1,6 @@
 """What `import qzo` does for transformers: `from_pretrained` reads quantized folders by qzo where its own library for them is absent.
 
-transformers claims the formats that qzo writes (GPTQ, AWQ, compressed-tensors) and asks for other packages to read them. A name
+transformers claims the formats that qzo reads (GPTQ, AWQ, AQLM, compressed-tensors) and asks for other packages to read them. A name
 of our own in config.json would keep every other reader out, and transformers gives a model random weights under a name
 that it does not know. So the names stay, and qzo steps in only for what would otherwise be an ImportError.
 Nothing is imported here: transformers may come later, or never.
@@ -13,7 +13,7 @@ from types import ModuleType
 
 TABLES = "transformers.quantizers.auto"
 # Format -> the packages without which transformers cannot read it.
-NEEDED = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel", "accelerate"), "compressed-tensors": ("compressed_tensors",)}
+NEEDED = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel", "accelerate"), "compressed-tensors": ("compressed_tensors",), "aqlm": ("aqlm", "accelerate")}
 
 
 def register() -> None:

@@ -54,7 +54,7 @@ def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     return folder.read(f"{name}.{SCALES}").to(torch.float32)[:, None] / _TOP
 
 
-def _scb(scales: torch.Tensor) -> torch.Tensor:
+def nearest_scb(scales: torch.Tensor) -> torch.Tensor:
     """fp32: of 127·scale and its two neighbours the one whose quotient by 127 is nearest."""
     best = scales * _TOP
     for way in (float("-inf"), float("inf")):
@@ -65,7 +65,7 @@ def _scb(scales: torch.Tensor) -> torch.Tensor:
 
 def rounded(folder: Folder, name: str, scales: torch.Tensor) -> torch.Tensor:
     """Scales fp32 [N, 1] as a reader of the export will have them."""
-    return _scb(scales) / _TOP
+    return nearest_scb(scales) / _TOP
 
 
 def written(folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved) -> torch.Tensor:
@@ -73,7 +73,7 @@ def written(folder: Folder, name: str, part: str, config: Quantization, version:
     stored = folder.read(f"{name}.{part}")
     if part == SCALES and moved.scales is not None:
         scales = moved.scales[:, 0]
-        return torch.where(stored / _TOP == scales, stored, _scb(scales))
+        return torch.where(stored / _TOP == scales, stored, nearest_scb(scales))
     if part == CODES and moved.codes is not None:
         return _flipped(moved.codes).view(torch.int8)
     return stored

@@ -6,26 +6,28 @@ import torch
 from torch import nn
 
 from qzo.errors import BadInput
+from qzo.model.bnb_live import from_4bit, from_8bit
 from qzo.model.formats import FORMATS
-from qzo.model.linear import QuantLinear
+from qzo.model.linear import QuantLinear, Scratch
 
-# Quantized Linears of other libraries, as package.Class: (name, module) -> a QuantLinear that computes what the module computes.
-CONVERT: dict[str, Callable[[str, nn.Module], QuantLinear]] = {}
+# Quantized Linears of other libraries, as package.Class: (name, module, scratch) -> a QuantLinear that computes what the module computes.
+CONVERT: dict[str, Callable[[str, nn.Module, Scratch], QuantLinear]] = {"bitsandbytes.Linear4bit": from_4bit, "bitsandbytes.Linear8bitLt": from_8bit}
 
 
 def prepare(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers of `model` by module name, for `qzo.Scales`; the model is changed in place to be tuned.
 
-    A model of `qzo.load_model(...)`, or of `from_pretrained` after `import qzo`, has QuantLinears already. Quantized Linears of other
-    libraries are replaced where `CONVERT` knows how. The model is then in eval mode (dropout would differ between the two
+    A model of `qzo.load_model(...)`, or of `from_pretrained` after `import qzo`, has QuantLinears already. Linears of bitsandbytes are
+    replaced (bnb_live.py), their codes in the same storage. The model is then in eval mode (dropout would differ between the two
     forwards of a step), without gradients and without a cache. To be called once the model is on its device.
     Raises BadInput for a 16-bit model, for other quantized layers, and for scales that a cast has left in half precision.
     """
     if not isinstance(model, nn.Module):
         raise BadInput("prepare", type(model).__name__, "a torch.nn.Module", "Of qzo.load_model(...), give its .model.")
+    scratch = Scratch()
     for name, module in list(model.named_modules()):
         if convert := CONVERT.get(_kind(module)):
-            model.set_submodule(name, convert(name, module))
+            model.set_submodule(name, convert(name, module, scratch))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise _unprepared(model)

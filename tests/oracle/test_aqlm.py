@@ -9,8 +9,10 @@ from round_trip import exports_hf, logits, our_logits, tune_and_export, untouche
 from tiny_formats import make_aqlm
 from tiny_runs import write_recipe
 from tiny_scripts import script
+from transformers import AqlmConfig
+from transformers.quantizers.quantizer_aqlm import AqlmHfQuantizer
 from transformers.utils import import_utils
-from wheels import install
+from wheels import install, used_by_transformers
 
 from qzo.cli import main
 from qzo.errors import BadInput
@@ -22,11 +24,10 @@ KINDS = {"1x16": (1, 16), "2x8": (2, 8)}
 
 @pytest.fixture(scope="session", autouse=True)
 def library(pytestconfig, tmp_path_factory):
-    folder = str(install(pytestconfig, tmp_path_factory, "aqlm-1.1.7", "aqlm/inference.py", "aqlm==1.1.7"))
-    sys.path.append(folder)
-    import_utils.is_aqlm_available.cache_clear()
-    yield
-    sys.path.remove(folder)
+    folder = install(pytestconfig, tmp_path_factory, "aqlm-1.1.7", "aqlm/inference.py", "aqlm==1.1.7")
+    with used_by_transformers(folder, "aqlm", AqlmHfQuantizer, AqlmConfig):
+        import_utils.is_aqlm_available.cache_clear()
+        yield
 
 
 def their_logits(folder) -> torch.Tensor:

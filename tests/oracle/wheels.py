@@ -1,7 +1,9 @@
-"""Packages that would not fit into the test environment, each in a folder of its own, without what they depend on."""
+"""Packages that would not fit into the test environment, each in a folder of its own, without what they depend on; then transformers uses them."""
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,16 @@ def install(config: pytest.Config, factory: pytest.TempPathFactory, name: str, h
         done = subprocess.run([*command, "--upgrade", "--target", str(folder)], capture_output=True, text=True)
         assert done.returncode == 0, f"{name} could not be installed:\n{done.stderr}"
     return folder
+
+
+@contextmanager
+def used_by_transformers(folder: Path, method: str, quantizer: type, config: type) -> Iterator[None]:
+    """The packages in `folder` can be imported, and transformers reads `method` by its own classes: qzo took over when they were absent."""
+    from transformers.quantizers import auto
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as m:
+        m.syspath_prepend(str(folder))
+        m.setitem(auto.AUTO_QUANTIZER_MAPPING, method, quantizer)
+        m.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, config)
+        yield
