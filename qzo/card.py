@@ -13,13 +13,13 @@ from qzo.run import RunFolder
 # Where and how often something was written: nothing of the model.
 _LOCAL = ("output_dir", "device_memory", "log_every", "save_every", "track", "offload", "threads")
 _LOAD = {
-    "hf": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({name!r})",
-    "peft": "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, {name!r})  # the base model is named above",
+    "hf": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({where})",
+    "peft": "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, {where})",
 }
 _LOAD_QUANTIZED = """import qzo  # lets transformers read the format without further packages
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({name!r})"""
+model = AutoModelForCausalLM.from_pretrained({where})"""
 
 
 def licence(folder: Folder) -> str | None:
@@ -35,10 +35,10 @@ def licence(folder: Folder) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def model_card(run: str, header: dict[str, Any], folder: Folder, name: str, format: str, steps: int) -> str:
-    """The text of README.md for the export `name` (a folder or a hub id) in `format` of the first `steps` steps of a run.
+def model_card(run: str, header: dict[str, Any], folder: Folder, repo: str | None, format: str, steps: int) -> str:
+    """The text of README.md for an export in `format` of the first `steps` steps of a run; repo: its hub id, where it has one.
 
-    Folders of this machine are named by their last part alone.
+    Folders of this machine are named by their last part alone, and the export's own is not: its bytes do not depend on it.
     """
     recipe, given = header["recipe"], licence(folder)
     base = _public(header["base"]["model"])
@@ -51,7 +51,7 @@ def model_card(run: str, header: dict[str, Any], folder: Folder, name: str, form
     return f"""---
 {plain_yaml.dump(head)}---
 
-# {name.rpartition("/")[2]}
+# {repo.rpartition("/")[2] if repo else header["recipe_name"]}
 
 {base}, tuned with qzo {header["versions"]["qzo"]}, without a backward pass: {moved} moved in {steps} steps.
 
@@ -60,7 +60,7 @@ def model_card(run: str, header: dict[str, Any], folder: Folder, name: str, form
 ## Load
 
 ```python
-{_LOAD.get(format, _LOAD_QUANTIZED).format(name=name)}
+{_LOAD.get(format, _LOAD_QUANTIZED).format(where=repr(repo) if repo else 'FOLDER')}
 ```
 
 ## Recipe
@@ -81,11 +81,13 @@ def model_card(run: str, header: dict[str, Any], folder: Folder, name: str, form
 def _figures(run: str, steps: int) -> str:
     """Before and after; only the evaluation of these very weights is shown."""
     folder = RunFolder(Path(run))
-    evaluations = {line["after"]: line["evaluation"] for line in read_metrics(folder.metrics) if "evaluation" in line}
+    lines = read_metrics(folder.metrics)
+    evaluations = {line["after"]: line["evaluation"] for line in lines if "evaluation" in line}
     if steps not in evaluations:
         return f"Not evaluated after step {steps}."
     count = evaluations[steps].get("examples")
-    shown = table({**results(folder), "before": evaluations.get(0), "after": evaluations[steps]})
+    seconds = next((line["seconds"] for line in lines if line.get("step") == steps - 1), 0.0)
+    shown = table({**results(folder), "before": evaluations.get(0), "after": evaluations[steps], "steps": steps, "seconds": seconds})
     return f"{shown}\n\nOn {count} examples of the evaluation split in the recipe."
 
 

@@ -28,9 +28,9 @@ PROBE = "The quick brown fox jumps over the lazy dog. It was"
 
 
 def export_run(
-    run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True, name: str | None = None
+    run: str, out: str, format: str | None = None, to: int | None = None, snapshots: bool = True, repo: str | None = None
 ) -> dict:
-    """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`, with a model card for `name` (default: `out`'s).
+    """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`, with a model card (repo: the hub id it will have).
 
     format: hf, or one that the base checkpoint's format can be written as (gptq and gptq_v2; otherwise its own); default:
     its own; for a run whose adapters moved peft, and no other. Returns the steps, the state and what rounding the scales changed. Raises BadInput for another format, and for
@@ -45,7 +45,7 @@ def export_run(
     format = format or ("peft" if adapters else config.version)
     if format not in known:
         raise BadInput("--format", format, f"one of {', '.join(known)}", "This model's codes are kept in the layout that they have.")
-    card = model_card(run, header, folder, name or Path(out).name, format, steps)
+    card = model_card(run, header, folder, repo, format, steps)
     if adapters:
         state, recipe = tuned_state(run, folder, torch.device("cpu"), steps, snapshots)[1], recipe_of(header, run)
         write_peft(out, state, recipe.model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_layers, card)

@@ -39,18 +39,17 @@ def test_what_it_says(format, run, tmp_path):
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["qzo", format], "license": "apache-2.0"}
     before, after = (next(m["evaluation"]["accuracy"] for m in read_metrics(run / "metrics.jsonl") if m.get("after") == at) for at in (0, 6))
     assert re.search(rf"\| accuracy +\| {before:.1%} +\| {after:.1%} +\|", text) and "On 16 examples" in text
-    for said in ("# tuned-w4\n", "base-w4, tuned with qzo", "7 scales tensors moved in 6 steps", "| eps | 0.03 |", "| model | base-w4 |", "| data | sentiment |",
-                 "torch 2.", "apache-2.0, as the base model says", 'from_pretrained(\'tuned-w4\')'):  # fmt: skip
+    for said in ("# recipe\n", "base-w4, tuned with qzo", "7 scales tensors moved in 6 steps", "| eps | 0.03 |", "| model | base-w4 |", "| data | sentiment |",
+                 "torch 2.", "apache-2.0, as the base model says", "from_pretrained(FOLDER)"):  # fmt: skip
         assert said in text
     assert ("import qzo" in text) == (format != "hf")
     assert str(run.parent) not in text and "output_dir" not in text
 
 
-def test_the_code_in_it_loads_the_model(run, tmp_path, monkeypatch):
+def test_the_code_in_it_loads_the_model(run, tmp_path):
     text, _ = export(run, tmp_path / "tuned")
-    monkeypatch.chdir(tmp_path)
     code = compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "README.md", "exec")
-    names = {}
+    names = {"FOLDER": str(tmp_path / "tuned")}
     exec(code, names)
     assert len([m for m in names["model"].modules() if type(m).__name__ == "QuantLinear"]) == 7
 
@@ -89,7 +88,7 @@ def test_of_adapters(llama4, sentiment, tmp_path):
     keys = {"method": "quzo-lora", "lora_rank": 2, "noise_bits": 8, "eps": 1, "lr": 0.01}
     assert main(["tune", write_recipe(tmp_path / "recipe.yaml", llama4, sentiment, **keys)]) == 0
     text, head = export(tmp_path / "run", tmp_path / "out")
-    assert head["library_name"] == "peft" and head["tags"] == ["qzo", "peft"] and "PeftModel.from_pretrained(base_model, 'out')" in text
+    assert head["library_name"] == "peft" and head["tags"] == ["qzo", "peft"] and "PeftModel.from_pretrained(base_model, FOLDER)" in text
 
 
 def test_push(hub, run, tmp_path, capsys):  # noqa: F811
@@ -97,7 +96,7 @@ def test_push(hub, run, tmp_path, capsys):  # noqa: F811
     assert f"pushed: {hub.url}/me/tuned" in capsys.readouterr().out
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} and "model.safetensors" in hub.files
     head = yaml.safe_load(hub.files["README.md"].decode().split("---\n")[1])
-    assert head["license"] == "apache-2.0" and b"from_pretrained('me/tuned')" in hub.files["README.md"]
+    assert head["license"] == "apache-2.0" and b"from_pretrained('me/tuned')" in hub.files["README.md"] and b"# tuned\n" in hub.files["README.md"]
     assert sum("/commit/" in asked for asked in hub.asked) == 1
 
 

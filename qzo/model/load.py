@@ -170,7 +170,6 @@ def swap_quantized(
     layout = format_of(config)
     scratch, layers, inside = Scratch(), {}, set(model.get_decoder().layers.modules()) if offload else ()
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(folder, n, config)]
-    _check_parts(folder, [name for name, _ in linears], {*layout.PARTS, "bias"})
     progress = Progress("load", len(linears), after=2.0)
     for number, (name, module) in enumerate(linears):
         rows, cols = module.out_features, module.in_features
@@ -191,6 +190,7 @@ def swap_quantized(
         layers[name] = layer
         progress.update(number + 1)
     progress.close()
+    _check_parts(folder, [*layers], {*layout.PARTS, "bias"})
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what unpacking took
     if not layers:
