@@ -102,8 +102,8 @@ def test_what_transformers_can_read_by_itself_is_left_to_it(monkeypatch):
     monkeypatch.setattr(register, "find_spec", lambda name: name if name in there else None)
     tables = SimpleNamespace(AUTO_QUANTIZER_MAPPING={}, AUTO_QUANTIZATION_CONFIG_MAPPING={})
     register._register(tables)
-    assert set(tables.AUTO_QUANTIZER_MAPPING) == set(tables.AUTO_QUANTIZATION_CONFIG_MAPPING) == {"gptq", "awq"}
-    there.add("gptqmodel")
+    assert set(tables.AUTO_QUANTIZER_MAPPING) == set(tables.AUTO_QUANTIZATION_CONFIG_MAPPING) == {"gptq", "awq", "aqlm"}
+    there |= {"gptqmodel", "aqlm"}
     tables.AUTO_QUANTIZER_MAPPING.clear()
     register._register(tables)
     assert not tables.AUTO_QUANTIZER_MAPPING
@@ -118,7 +118,7 @@ def rename(folder, old, new):
 NEWER = {
     "another version": (lambda f: edit(f, checkpoint_format="gptq_v3"), "gptq_v3"),
     "other bits": (lambda f: edit(f, bits=5), "bits 5"),
-    "another name of the codes": (lambda f: rename(f, "up_proj.qweight", "up_proj.qweight2"), "up_proj.qweight2: a tensor that this version does not know.*newer"),
+    "another name of the codes": (lambda f: rename(f, "up_proj.qweight", "up_proj.qweight2"), "no tensor model.layers.0.mlp.up_proj.qweight; expected every tensor"),
     "a tensor too many": (lambda f: rename(f, "model.norm.weight", "model.layers.0.mlp.up_proj.outliers"), "no tensor model.norm.weight"),
 }  # fmt: skip
 

@@ -9,8 +9,7 @@ from round_trip import exports_hf, logits, our_logits, tune_and_export, untouche
 from tiny_formats import make_aqlm
 from tiny_runs import write_recipe
 from tiny_scripts import script
-from transformers import AqlmConfig
-from transformers.quantizers.quantizer_aqlm import AqlmHfQuantizer
+from transformers.quantizers import auto
 from transformers.utils import import_utils
 from wheels import install, used_by_transformers
 
@@ -25,7 +24,7 @@ KINDS = {"1x16": (1, 16), "2x8": (2, 8)}
 @pytest.fixture(scope="session", autouse=True)
 def library(pytestconfig, tmp_path_factory):
     folder = install(pytestconfig, tmp_path_factory, "aqlm-1.1.7", "aqlm/inference.py", "aqlm==1.1.7")
-    with used_by_transformers(folder, "aqlm", AqlmHfQuantizer, AqlmConfig):
+    with used_by_transformers(folder, "aqlm", auto.AqlmHfQuantizer, auto.AqlmConfig):
         import_utils.is_aqlm_available.cache_clear()
         yield
 

@@ -15,7 +15,7 @@ from tiny_runs import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 from transformers.utils import import_utils
-from wheels import install
+from wheels import install, used_by_transformers
 
 from qzo.model.load import load_model
 
@@ -33,18 +33,12 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @pytest.fixture(scope="module", autouse=True)
 def library(pytestconfig, tmp_path_factory):
-    folder = str(install(pytestconfig, tmp_path_factory, "compressed-tensors-0.20.0", "compressed_tensors/version.py", *PIP))
-    sys.path.append(folder)
-    import_utils.is_compressed_tensors_available.cache_clear()
-    import compressed_tensors
+    folder = install(pytestconfig, tmp_path_factory, "compressed-tensors-0.20.0", "compressed_tensors/version.py", *PIP)
+    with used_by_transformers(folder, "compressed-tensors", auto.CompressedTensorsHfQuantizer, auto.CompressedTensorsConfig):
+        import_utils.is_compressed_tensors_available.cache_clear()
+        import compressed_tensors
 
-    # qzo has taken the places of what needs a library that was not there when transformers was imported.
-    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    with pytest.MonkeyPatch.context() as patch:
-        for table, own in zip(tables, (auto.CompressedTensorsHfQuantizer, auto.CompressedTensorsConfig), strict=True):
-            patch.setitem(table, "compressed-tensors", own)
         yield compressed_tensors
-    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ def used_by_transformers(folder: Path, method: str, quantizer: type, config: typ
     """The packages in `folder` can be imported, and transformers reads `method` by its own classes: qzo took over when they were absent."""
     from transformers.quantizers import auto
 
-    patch = pytest.MonkeyPatch()
-    with patch.context() as m:
+    with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(str(folder))
         m.setitem(auto.AUTO_QUANTIZER_MAPPING, method, quantizer)
         m.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, config)
