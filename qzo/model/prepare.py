@@ -28,6 +28,7 @@ def prepare(model: nn.Module) -> dict[str, QuantLinear]:
     for name, module in list(model.named_modules()):
         if convert := CONVERT.get(_kind(module)):
             model.set_submodule(name, convert(name, module, scratch))
+            model.is_quantized = False  # for transformers: its Trainer refuses, and looks for layers that are gone
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise _unprepared(model)

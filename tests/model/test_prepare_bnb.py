@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
 from tiny_runs import make_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
 import qzo
 from qzo.errors import BadInput
@@ -88,3 +89,22 @@ def test_what_is_not_quantized_yet_or_was_rewritten_is_named(base):
     model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(BadInput, match="up_proj: weights that a forward on the CPU has rewritten.*right after from_pretrained"):
         qzo.prepare(model)
+
+
+def test_trainer_and_accelerate_train_it(base, tmp_path):
+    """The same steps as by hand, bit for bit."""
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    states = {}
+    for way in ("hand", "trainer", "accelerate"):
+        model = load(base, **KINDS["nf4"])
+        layers = qzo.prepare(model)
+        zo = qzo.ZO([qzo.Scales(layers, eps=0.05, lr=0.2)], seed=1)
+        if way == "trainer":
+            given = {"max_steps": 3, "per_device_train_batch_size": 1, "save_strategy": "no", "use_cpu": True, "report_to": "none", "lr_scheduler_type": "constant"}
+            qzo.ZOTrainer(model, TrainingArguments(str(tmp_path / "out"), **given), train_dataset=rows, optimizers=(zo, None)).train()
+        else:
+            step = Accelerator(cpu=True).prepare(zo).step if way == "accelerate" else zo.step
+            for _ in range(3):
+                step(lambda: model(IDS, labels=IDS).loss)
+        states[way] = torch.cat([layer.scales.detach().flatten() for layer in layers.values()])
+    assert torch.equal(states["hand"], states["trainer"]) and torch.equal(states["hand"], states["accelerate"])
