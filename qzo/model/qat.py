@@ -176,3 +176,16 @@ def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
     bits = getattr(module, "operand_bits", 16)
     return sdpa_attention_forward(module, *(fake_quantize_rows(t, bits) for t in (q, k, v)), mask, **kwargs)
+
+
+def quantizer_state(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a prepared layer that belong to no checkpoint of the model: clipping and sites, by name."""
+    names = (".low", ".high")
+    return {n: p.data for n, p in layer.named_parameters() if n.endswith(names) or n.startswith("sites.")}
+
+
+def load_quantizer_state(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """What `quantizer_state` gave, into a layer prepared in the same way."""
+    for name, tensor in quantizer_state(layer).items():
+        tensor.copy_(tensors[name])
+    refresh_layer(layer)

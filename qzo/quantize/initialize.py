@@ -11,3 +11,234 @@ is measured. In this order, each kept only where it lowers E:
 Out comes per layer what a target moves later: {"<linear>.low", "<linear>.high": fp32 [N, G], "<site>.scale", "<site>.shift": fp32}.
 The paper lets a first-order reconstruction of the block do this (OmniQuant); this project has no backward pass.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qzo.model.files import Folder
+from qzo.model.load import fill, release
+from qzo.model.qat import FakeQuantLinear, Precision, prepare_layer, quantize_operands, quantizer_state, refresh_layer
+from qzo.model.smoothing import Place
+from qzo.quantize.clipping import search_bounds
+from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
+
+PAPER, EXPONENTS = 0.75, (0.5, 0.65, 0.85, 1.0)
+SEARCH_PARTS = 1  # parts of the windows that sites are chosen on
+NO_CLIPPING = float("inf")
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """What is searched. Without clipping a grid covers its whole group: rounding to nearest, if there is no smoothing either."""
+
+    precision: Precision
+    smoothing: bool
+    clipping: bool
+
+
+@torch.no_grad()
+def initialize(
+    model: nn.Module, folder: Folder, windows: Tensor, what: Initialization, device: torch.device, dtype: torch.dtype,
+    keep: Callable[[int, dict[str, Tensor]], None], report: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Search layer after layer of a model whose parameters are on meta; windows int64 [samples, length].
+
+    keep(index, tensors) is given each layer's `quantizer_state`, on the CPU, when it is done; report(text) a line per choice.
+    """
+    prefix, layers = decoder_layers(model)
+    quantize_operands(model)
+    plain, kwargs = first_inputs(model, folder, windows, device, dtype)
+    hidden = list(plain)
+    for index, layer in enumerate(layers):
+        fill(model, folder, device, dtype, f"{prefix}.{index}.")
+        block = Block(layer, hidden, plain, kwargs[index], device, report)
+        for i, part in enumerate(plain):
+            plain[i] = run_layer(layer, part.to(device), kwargs[index]).cpu()
+        block.search(what)
+        keep(index, {name: tensor.cpu() for name, tensor in quantizer_state(layer).items()})
+        for i, part in enumerate(hidden):
+            hidden[i] = run_layer(layer, part.to(device), kwargs[index]).cpu()
+        report(f"layer {index}: relative error {_distance(hidden, plain) ** 0.5:.4f}")
+        release(layer)
+
+
+class Block:
+    """One decoder layer: `hidden` are its inputs in the quantized model, `wanted` its outputs in the 16-bit model (filled before `search`)."""
+
+    def __init__(self, layer: nn.Module, hidden: list[Tensor], wanted: list[Tensor], kwargs: dict, device: torch.device, report: Callable[[str], None]):
+        self.layer, self.hidden, self.wanted, self.kwargs, self.device, self.report = layer, hidden, wanted, kwargs, device, report
+
+    def search(self, what: Initialization) -> None:
+        """Prepare the layer and set its sites and bounds."""
+        places = prepare_layer(self.layer, what.precision, what.smoothing)
+        linears = {name: module for name, module in self.layer.named_modules() if isinstance(module, FakeQuantLinear)}
+        if not what.clipping:
+            for linear in linears.values():
+                linear.low.data.fill_(NO_CLIPPING)
+                linear.high.data.fill_(NO_CLIPPING)
+            refresh_layer(self.layer)
+        if places:
+            ranges = self._ranges(places)
+            for name, place in places.items():
+                self._smooth(name, place, ranges[name])
+        if what.clipping:
+            for names in self._sets(linears):
+                self._clip(names, linears)
+
+    def error(self) -> float:
+        """E, relative to the output, on a part of the windows."""
+        outputs = [run_layer(self.layer, part.to(self.device), self.kwargs) for part in self.hidden[:SEARCH_PARTS]]
+        return _distance(outputs, self.wanted[:SEARCH_PARTS])
+
+    def _ranges(self, places: dict[str, Place]) -> dict[str, "Ranges"]:
+        """What goes through the sites of the prepared layer while they are all at 1 and 0."""
+        ranges, handles = {}, []
+        for name, place in places.items():
+            found = ranges[name] = Ranges(len(place.site.scale), self.device)
+            if not place.readers:
+                for maker, channels in place.makers.items():
+                    seen = found.keys if channels.inverse else found.inputs
+                    handles.append(self.layer.get_submodule(maker).register_forward_hook(lambda m, a, y, s=seen, c=channels: s.add(y, c.index)))
+                continue
+            for reader, channels in place.readers.items():
+                linear = self.layer.get_submodule(reader)
+                found.keys.add(linear.weight, channels.index)
+                if reader == next(iter(place.readers)):
+                    handles.append(linear.register_forward_pre_hook(lambda m, a, s=found.inputs, c=channels: s.add(a[0], c.index)))
+        for part in self.hidden[:SEARCH_PARTS]:
+            run_layer(self.layer, part.to(self.device), self.kwargs)
+        for handle in handles:
+            handle.remove()
+        return ranges
+
+    def _smooth(self, name: str, place: Place, ranges: "Ranges") -> None:
+        """δ by the exponent of the paper, then the exponent; nothing at all where nothing helps."""
+        site, none = place.site, None if place.site.shift is None else torch.zeros_like(place.site.shift)
+        shifts = [none] if none is None else [none, ranges.inputs.middle()]
+        before = self.error()
+        tried = {(None, False): (before, torch.ones_like(site.scale), none)}
+
+        def attempt(exponent: float, shifted: bool) -> None:
+            scale = ranges.scale(exponent, shifts[shifted])
+            self._set(place, scale, shifts[shifted])
+            tried[exponent, shifted] = (self.error(), scale, shifts[shifted])
+
+        for shifted in range(len(shifts)):
+            attempt(PAPER, bool(shifted))
+        shifted = min(tried, key=lambda key: tried[key][0])[1]
+        for exponent in EXPONENTS:
+            attempt(exponent, shifted)
+        (exponent, shifted), (least, scale, shift) = min(tried.items(), key=lambda item: item[1][0])
+        self._set(place, scale, shift)
+        self.report(f"  {name}: exponent {exponent}, δ {'on' if shifted else 'off'}, error {before ** 0.5:.4f} -> {least ** 0.5:.4f}")
+
+    def _set(self, place: Place, scale: Tensor, shift: Tensor | None) -> None:
+        place.site.scale.data.copy_(scale)
+        if shift is not None:
+            place.site.shift.data.copy_(shift)
+        for name in (*place.makers, *place.readers):
+            module = self.layer.get_submodule(name)
+            if isinstance(module, FakeQuantLinear):
+                module.refresh()
+
+    def _sets(self, linears: dict[str, FakeQuantLinear]) -> list[list[str]]:
+        """Names of Linears in call order, those with one input together."""
+        inputs: list[Tensor] = []
+        sets: list[list[str]] = []
+
+        def see(name: str, x: Tensor) -> None:
+            if not inputs or inputs[-1] is not x:
+                inputs.append(x)
+                sets.append([])
+            sets[-1].append(name)
+
+        handles = [m.register_forward_pre_hook(lambda _, args, n=n: see(n, args[0])) for n, m in linears.items()]
+        run_layer(self.layer, self.hidden[0].to(self.device), self.kwargs)
+        for handle in handles:
+            handle.remove()
+        return sets
+
+    def _clip(self, names: list[str], linears: dict[str, FakeQuantLinear]) -> None:
+        hessian, before = self._hessian(linears[names[0]]), self.error()
+        old = []
+        for name in names:
+            linear = linears[name]
+            old.append((linear.low.data.clone(), linear.high.data.clone()))
+            low, high = search_bounds(linear.smoothed(), linear.precision.bits, linear.precision.group_size, hessian)
+            linear.low.data.copy_(low)
+            linear.high.data.copy_(high)
+            linear.refresh()
+        after = self.error()
+        self.report(f"  {' '.join(name.rpartition('.')[2] for name in names)}: clipping, error {before ** 0.5:.4f} -> {after ** 0.5:.4f}")
+        if after < before:
+            return
+        for name, (low, high) in zip(names, old, strict=True):
+            linears[name].low.data.copy_(low)
+            linears[name].high.data.copy_(high)
+            linears[name].refresh()
+
+    def _hessian(self, linear: FakeQuantLinear) -> Tensor:
+        """XᵀX / rows fp32 [K, K] of a Linear's inputs, as its product sees them."""
+        hessian = torch.zeros(linear.in_features, linear.in_features, device=self.device)
+
+        def accumulate(_: nn.Module, args: tuple[Tensor]) -> None:
+            x = linear.received(args[0]).flatten(0, -2).float()
+            add_second_moment(hessian, x / len(x) ** 0.5)
+            raise Seen
+
+        handle = linear.register_forward_pre_hook(accumulate)
+        for part in self.hidden:
+            try:
+                run_layer(self.layer, part.to(self.device), self.kwargs)
+            except Seen:
+                pass
+        handle.remove()
+        mirror_upper(hessian)
+        return hessian
+
+
+class Extent:
+    """Smallest and largest value by entry."""
+
+    def __init__(self, entries: int, device: torch.device):
+        self.low, self.high = (torch.full((entries,), sign * float("inf"), device=device) for sign in (1, -1))
+
+    def add(self, x: Tensor, index: Tensor | None) -> None:
+        """x [..., C] of channels whose entries are index [C]."""
+        low, high = x.float().reshape(-1, x.shape[-1]).aminmax(dim=0)
+        at = torch.arange(len(low), device=low.device) if index is None else index
+        self.low.scatter_reduce_(0, at, low, "amin")
+        self.high.scatter_reduce_(0, at, high, "amax")
+
+    def middle(self) -> Tensor:
+        return (self.low + self.high) / 2
+
+    def largest(self, shift: Tensor | None) -> Tensor:
+        """max |x - shift|."""
+        shift = 0.0 if shift is None else shift
+        return torch.maximum((self.low - shift).abs(), (self.high - shift).abs())
+
+
+class Ranges:
+    """Of a site: its X in `inputs`; what it is multiplied by in `keys`, the weights of its readers, or k for q."""
+
+    def __init__(self, entries: int, device: torch.device):
+        self.inputs, self.keys = Extent(entries, device), Extent(entries, device)
+
+    def scale(self, exponent: float, shift: Tensor | None) -> Tensor:
+        """s = max|X - δ|^a / max|W|^(1 - a), its geometric mean 1."""
+        logs = [extent.clamp(min=1e-5).log() for extent in (self.inputs.largest(shift), self.keys.largest(None))]
+        log = exponent * logs[0] - (1 - exponent) * logs[1]
+        return (log - log.mean()).exp()
+
+
+def _distance(outputs: list[Tensor], wanted: list[Tensor]) -> float:
+    """Mean over tokens of |difference|² / |wanted|²."""
+    errors = []
+    for given, right in zip(outputs, wanted, strict=True):
+        right = right.to(given.device).float()
+        errors.append((given.float() - right).square().sum(-1) / right.square().sum(-1).clamp_(min=1e-30))
+    return float(torch.cat(errors).mean())
