@@ -11,9 +11,11 @@ packed checkpoint can store it. (Δ, z) are computed apart from Q: once per upda
 
 Activations, by row (a token; a token and head for q, k, v of attention), with nothing learned or kept:
 
-    Δ = max((max x - min x) / (2^b - 1), FLOOR),   z = round(-min x / Δ),   x̂ = Δ · (clamp(round(x / Δ) + z, 0, 2^b - 1) - z)
+    Δ = max((high - low) / (2^b - 1), FLOOR),   z = round(-low / Δ),   x̂ = Δ · (clamp(round(x / Δ) + z, 0, 2^b - 1) - z)
+    low = min x, times r where it is negative,  high = max x, times r where it is positive
 
-The range is the row's own, without 0 if 0 is not in it. 16 bits are no quantization. All in fp32, ties to even.
+The range is the row's own, without 0 if 0 is not in it; r, the span, is 1 in the paper. 16 bits are no quantization. All in fp32, ties to
+even.
 """
 
 import torch
@@ -49,12 +51,14 @@ def rounded(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (x / step).round_().add_(zero).clamp_(0, (1 << bits) - 1).sub_(zero).mul_(step)
 
 
-def fake_quantize_rows(x: Tensor, bits: int) -> Tensor:
-    """x̂ of x [..., C], each row by its own range, in the dtype of x. 16 bits give x itself."""
+def fake_quantize_rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tensor:
+    """x̂ of x [..., C], each row by its own range, in the dtype of x. 16 bits give x itself. span fp32 [1]: r; None is 1."""
     if bits == 16:
         return x
     wide = x.float()
     least, most = wide.aminmax(dim=-1, keepdim=True)
+    if span is not None:
+        least, most = torch.where(least < 0, least * span, least), torch.where(most > 0, most * span, most)
     step = ((most - least) / ((1 << bits) - 1)).clamp_(min=FLOOR)
     return rounded(wide, step, (-least / step).round_(), bits).to(x.dtype)
 

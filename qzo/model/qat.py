@@ -5,6 +5,8 @@ A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_siz
     weight    [N, K] fp32 or bf16: the latent W, as in the checkpoint: neither smoothed nor rounded. Moved by a target `latent`
     bias      [N] or None: B, as in the checkpoint
     low, high [N, G] fp32: logits of the clipping bounds (LWC). Moved by a target `quantizer`
+    span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; the same for Linears of one input.
+              None at 16 bits. Moved by a target `quantizer`
     s, δ      of the places before and after it, fp32: they belong to a Site (model/smoothing.py), which several modules share.
               Moved by a target `quantizer`
     step, zero [N, G] fp32 and offset [N]: the frozen grid (Δ, z) and the bias. `refresh()` makes them of all of the above, once per
@@ -55,7 +57,9 @@ class FakeQuantLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         # `own`: nothing before this module shifts and scales its input.
         self.before, self.after, self.own = before, after, own
-        self.low = self.high = self.step = self.zero = self.offset = None
+        self.low = self.high = self.span = self.step = self.zero = self.offset = None
+        if precision.activations < 16:
+            self.span = nn.Parameter(torch.ones(1, device=linear.weight.device), requires_grad=False)
         if precision.bits < 16:
             size = linear.in_features if precision.group_size == -1 else precision.group_size
             shape, device = (linear.out_features, -(-linear.in_features // size)), linear.weight.device
@@ -97,7 +101,7 @@ class FakeQuantLinear(nn.Module):
         """The input [..., K] as the product sees it: shifted and scaled here if nobody did, and quantized."""
         if self.own:
             x = ((x - self.before.shift()) / self.before.scale()).to(x.dtype)
-        return fake_quantize_rows(x, self.precision.activations)
+        return fake_quantize_rows(x, self.precision.activations, self.span)
 
     def forward(self, x: Tensor) -> Tensor:
         offset = None if self.offset is None else self.offset.to(x.dtype)
@@ -179,8 +183,8 @@ def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 
 def quantizer_state(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a prepared layer that belong to no checkpoint of the model: clipping and sites, by name."""
-    names = (".low", ".high")
+    """The tensors of a prepared layer that belong to no checkpoint of the model: clipping, spans and sites, by name."""
+    names = (".low", ".high", ".span")
     return {n: p.data for n, p in layer.named_parameters() if n.endswith(names) or n.startswith("sites.")}
 
 

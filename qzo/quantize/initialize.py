@@ -1,15 +1,18 @@
 """Initial clipping and smoothing of ZeroQAT, one decoder layer in memory at a time, by forwards alone.
 
-Two streams of calibration windows go through the layers: those of the 16-bit model and those of the model quantized so far. Of a layer
+One stream of calibration windows goes through the layers, that of the model quantized so far. Of a layer
 
-    E = mean ‖F(h) - F̂(ĥ)‖²          F the 16-bit layer on its stream, F̂ the quantized one on the other
+    E = mean over tokens of ‖F(h) - F̂(h)‖² / ‖F(h)‖²         F the 16-bit layer, F̂ the quantized one, on the same inputs h
 
-is measured. In this order, each kept only where it lowers E:
-1. smoothing, site by site: δ on or off, exponent a of the rule s = max|X - δ|^a / max|W|^(1 - a), or no scale (only with low-bit activations);
-2. clipping, Linear by Linear in call order (quantize/clipping.py), on the inputs that the quantized Linears before it produce.
+is measured: what this layer adds, for nothing that is searched here could make up for the layers before. By token, since the next norm
+divides by a token's size. In this order:
+1. smoothing, site by site (only with low-bit activations): δ on or off, exponent a of the rule s = max|X - δ|^a / max|W|^(1 - a), or no scale;
+2. by sets of Linears with one input, in call order: the span of its tokens' grids (only with low-bit activations); then the clipping of their
+   weights (quantize/clipping.py), on the inputs that the quantized Linears before them produce. Kept only where they lower E.
 
-Out comes per layer what a target moves later: {"<linear>.low", "<linear>.high": fp32 [N, G], "<site>.scale", "<site>.shift": fp32}.
-The paper lets a first-order reconstruction of the block do this (OmniQuant); this project has no backward pass.
+Out comes per layer what a target moves later, `quantizer_state` of model/qat.py: {"<linear>.low", "<linear>.high": fp32 [N, G],
+"<linear>.span": fp32 [1], "sites.<site>.scale", "sites.<site>.shift": fp32}.
+The paper lets a first-order reconstruction of the block do this (OmniQuant); this project has no backward pass. It has no span either.
 """
 
 from collections.abc import Callable
@@ -26,7 +29,8 @@ from qzo.quantize.clipping import search_bounds
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
 
 PAPER, EXPONENTS = 0.75, (0.5, 0.65, 0.85, 1.0)
-SEARCH_PARTS = 1  # parts of the windows that sites are chosen on
+SEARCH_TOKENS = 4096  # that all but the bounds are chosen on, in windows spread evenly
+SPANS = (0.9, 0.8, 0.7, 0.6)
 NO_CLIPPING = float("inf")
 
 
@@ -50,26 +54,25 @@ def initialize(
     """
     prefix, layers = decoder_layers(model)
     quantize_operands(model)
-    plain, kwargs = first_inputs(model, folder, windows, device, dtype)
-    hidden = list(plain)
+    hidden, kwargs = first_inputs(model, folder, windows, device, dtype)
     for index, layer in enumerate(layers):
         fill(model, folder, device, dtype, f"{prefix}.{index}.")
-        block = Block(layer, hidden, plain, kwargs[index], device, report)
-        for i, part in enumerate(plain):
-            plain[i] = run_layer(layer, part.to(device), kwargs[index]).cpu()
+        block = Block(layer, hidden, kwargs[index], device, report)
         block.search(what)
+        report(f"layer {index}: error {block.error() ** 0.5:.4f}")
         keep(index, {name: tensor.cpu() for name, tensor in quantizer_state(layer).items()})
         for i, part in enumerate(hidden):
             hidden[i] = run_layer(layer, part.to(device), kwargs[index]).cpu()
-        report(f"layer {index}: relative error {_distance(hidden, plain) ** 0.5:.4f}")
         release(layer)
 
 
 class Block:
-    """One decoder layer: `hidden` are its inputs in the quantized model, `wanted` its outputs in the 16-bit model (filled before `search`)."""
+    """One decoder layer, still of 16 bits; `hidden` are its inputs [windows, length, H] in the quantized model, by parts."""
 
-    def __init__(self, layer: nn.Module, hidden: list[Tensor], wanted: list[Tensor], kwargs: dict, device: torch.device, report: Callable[[str], None]):
-        self.layer, self.hidden, self.wanted, self.kwargs, self.device, self.report = layer, hidden, wanted, kwargs, device, report
+    def __init__(self, layer: nn.Module, hidden: list[Tensor], kwargs: dict, device: torch.device, report: Callable[[str], None]):
+        self.layer, self.hidden, self.kwargs, self.device, self.report = layer, hidden, kwargs, device, report
+        self.some = torch.cat(hidden)[:: max(1, sum(map(len, hidden)) * hidden[0].shape[1] // SEARCH_TOKENS)].to(device)
+        self.wanted = run_layer(layer, self.some, kwargs)
 
     def search(self, what: Initialization) -> None:
         """Prepare the layer and set its sites and bounds."""
@@ -89,9 +92,9 @@ class Block:
                 self._clip(names, linears)
 
     def error(self) -> float:
-        """E, relative to the output, on a part of the windows."""
-        outputs = [run_layer(self.layer, part.to(self.device), self.kwargs) for part in self.hidden[:SEARCH_PARTS]]
-        return _distance(outputs, self.wanted[:SEARCH_PARTS])
+        """E on some of the windows."""
+        lost = (run_layer(self.layer, self.some, self.kwargs).float() - self.wanted.float()).square().sum(-1)
+        return float((lost / self.wanted.float().square().sum(-1).clamp_(min=1e-30)).mean())
 
     def _ranges(self, places: dict[str, Place]) -> dict[str, "Ranges"]:
         """What goes through the sites of the prepared layer while they are all at 1 and 0."""
@@ -108,8 +111,7 @@ class Block:
                 found.keys.add(linear.weight, channels.index)
                 if reader == next(iter(place.readers)):
                     handles.append(linear.register_forward_pre_hook(lambda m, a, s=found.inputs, c=channels: s.add(a[0], c.index)))
-        for part in self.hidden[:SEARCH_PARTS]:
-            run_layer(self.layer, part.to(self.device), self.kwargs)
+        run_layer(self.layer, self.some, self.kwargs)
         for handle in handles:
             handle.remove()
         return ranges
@@ -156,14 +158,16 @@ class Block:
             sets[-1].append(name)
 
         handles = [m.register_forward_pre_hook(lambda _, args, n=n: see(n, args[0])) for n, m in linears.items()]
-        run_layer(self.layer, self.hidden[0].to(self.device), self.kwargs)
+        run_layer(self.layer, self.some[:1], self.kwargs)
         for handle in handles:
             handle.remove()
         return sets
 
     def _clip(self, names: list[str], linears: dict[str, FakeQuantLinear]) -> None:
-        hessian, before = self._hessian(linears[names[0]]), self.error()
-        old = []
+        self._span([linears[name] for name in names])
+        if linears[names[0]].low is None:
+            return
+        hessian, before, old = self._hessian(linears[names[0]]), self.error(), []
         for name in names:
             linear = linears[name]
             old.append((linear.low.data.clone(), linear.high.data.clone()))
@@ -179,6 +183,19 @@ class Block:
             linears[name].low.data.copy_(low)
             linears[name].high.data.copy_(high)
             linears[name].refresh()
+
+    def _span(self, linears: list[FakeQuantLinear]) -> None:
+        if linears[0].span is None:
+            return
+        errors = {}
+        for span in (1.0, *SPANS):
+            for linear in linears:
+                linear.span.data.fill_(span)
+            errors[span] = self.error()
+        best = min(errors, key=errors.get)
+        for linear in linears:
+            linear.span.data.fill_(best)
+        self.report(f"  span {best}, error {errors[1.0] ** 0.5:.4f} -> {errors[best] ** 0.5:.4f}")
 
     def _hessian(self, linear: FakeQuantLinear) -> Tensor:
         """XᵀX / rows fp32 [K, K] of a Linear's inputs, as its product sees them."""
@@ -234,11 +251,3 @@ class Ranges:
         log = exponent * logs[0] - (1 - exponent) * logs[1]
         return (log - log.mean()).exp()
 
-
-def _distance(outputs: list[Tensor], wanted: list[Tensor]) -> float:
-    """Mean over tokens of |difference|² / |wanted|²."""
-    errors = []
-    for given, right in zip(outputs, wanted, strict=True):
-        right = right.to(given.device).float()
-        errors.append((given.float() - right).square().sum(-1) / right.square().sum(-1).clamp_(min=1e-30))
-    return float(torch.cat(errors).mean())

@@ -71,6 +71,15 @@ def test_rows_of_activations_are_those_of_the_equation(bits, dtype):
         assert len(got.unique()) <= 2**bits
 
 
+def test_a_span_shrinks_each_side_towards_zero():
+    x = torch.tensor([[-8.0, -1.0, 0.5, 16.0], [4.0, 5.0, 6.0, 8.0]])
+    got = fake_quantize_rows(x, 4, torch.tensor([0.5]))
+    assert float(got[0].min()) >= -4.8 and 7.2 <= float(got[0].max()) <= 8.8
+    assert float((got[0, 1:3] - x[0, 1:3]).abs().max()) <= 0.41  # a step of 0.8
+    torch.testing.assert_close(got[1], torch.full((4,), 4.0))
+    assert torch.equal(fake_quantize_rows(x, 4, torch.ones(1)), fake_quantize_rows(x, 4))
+
+
 def test_rows_without_a_range():
     assert torch.equal(fake_quantize_rows(torch.zeros(2, 4), 4), torch.zeros(2, 4))
     torch.testing.assert_close(fake_quantize_rows(torch.full((2, 4), -3.0), 4), torch.full((2, 4), -3.0))
