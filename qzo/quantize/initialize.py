@@ -29,7 +29,7 @@ from qzo.quantize.clipping import search_bounds
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
 
 PAPER, EXPONENTS = 0.75, (0.5, 0.65, 0.85, 1.0)
-SEARCH_TOKENS = 4096  # that all but the bounds are chosen on, in windows spread evenly
+SEARCH_TOKENS = 2048  # that all but the bounds are chosen on, in windows spread evenly
 SPANS = (0.9, 0.8, 0.7, 0.6)
 NO_CLIPPING = float("inf")
 
