@@ -33,19 +33,31 @@ from qzo_kernels.reference_qat import clipped_grid, fake_quantize, fake_quantize
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qzo.errors import BadInput
 from qzo.model.smoothing import Channels, Place, places
 
+WEIGHT_BITS, ACTIVATION_BITS = (2, 3, 4, 6, 8, 16), (4, 6, 8, 16)
 LWC = 3.0  # the logit that clipping begins with
 ATTENTION = "qzo_quantized"
 
 
 @dataclass(frozen=True)
 class Precision:
-    """bits of weights: 2, 3, 4, 6, 8, or 16 for none; of activations (with q, k, v): 4, 6, 8 or 16. group_size -1 is a whole row."""
+    """bits of weights: 2, 3, 4, 6, 8, or 16 for none; of activations (with q, k, v): 4, 6, 8 or 16. group_size -1 is a whole row.
+
+    Raises BadInput for others.
+    """
 
     bits: int
     group_size: int
     activations: int
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("bits", self.bits, WEIGHT_BITS), ("activations", self.activations, ACTIVATION_BITS)):
+            if value not in known:
+                raise BadInput(name, str(value), f"{', '.join(map(str, known[:-1]))} bits, or {known[-1]} for no quantization")
+        if self.group_size != -1 and self.group_size < 1:
+            raise BadInput("group_size", str(self.group_size), "a positive whole number, or -1 for whole rows")
 
 
 class FakeQuantLinear(nn.Module):
