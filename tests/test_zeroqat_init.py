@@ -8,13 +8,17 @@ from tiny_models import calibration, one_thread, tiny  # noqa: F401
 from tiny_scripts import script
 
 from qzo.model.qat import Precision
+from qzo.quantize.initialize import Initialization
 
 
 def test_rows_are_measured_kept_and_compared(tiny, calibration, tmp_path, monkeypatch):  # noqa: F811
     program = script("zeroqat_init")
     low, high = Precision(2, 32, 4), Precision(8, 32, 16)
     monkeypatch.setattr(program, "WINDOW", 16)
-    monkeypatch.setattr(program, "ROWS", [("rtn", low, False, False), ("init", low, True, True), ("gptq", low, False, False), ("rtn", high, False, False)])
+    monkeypatch.setattr(program, "ROWS", [
+        ("rtn", Initialization(low, False, False)), ("init", Initialization(low, True, True)),
+        ("gptq", Initialization(low, False, False)), ("rtn", Initialization(high, False, False)),
+    ])  # fmt: skip
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     out = tmp_path / "out.json"
 

@@ -41,6 +41,7 @@ class Initialization:
     precision: Precision
     smoothing: bool
     clipping: bool
+    spans: bool = True  # with clipping: of activations too. The paper has none
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ class Block:
                 self._smooth(name, place, ranges[name])
         if what.clipping:
             for names in self._sets(linears):
-                self._clip(names, linears)
+                self._clip(names, linears, what.spans)
 
     def error(self) -> float:
         """E on some of the windows."""
@@ -163,8 +164,9 @@ class Block:
             handle.remove()
         return sets
 
-    def _clip(self, names: list[str], linears: dict[str, FakeQuantLinear]) -> None:
-        self._span([linears[name] for name in names])
+    def _clip(self, names: list[str], linears: dict[str, FakeQuantLinear], spans: bool) -> None:
+        if spans and linears[names[0]].span is not None:
+            self._span([linears[name] for name in names])
         if linears[names[0]].low is None:
             return
         hessian, before, old = self._hessian(linears[names[0]]), self.error(), []
@@ -185,8 +187,6 @@ class Block:
             linears[name].refresh()
 
     def _span(self, linears: list[FakeQuantLinear]) -> None:
-        if linears[0].span is None:
-            return
         errors = {}
         for span in (1.0, *SPANS):
             for linear in linears:
