@@ -72,7 +72,8 @@ class Block:
 
     def __init__(self, layer: nn.Module, hidden: list[Tensor], kwargs: dict, device: torch.device, report: Callable[[str], None]):
         self.layer, self.hidden, self.kwargs, self.device, self.report = layer, hidden, kwargs, device, report
-        self.some = torch.cat(hidden)[:: max(1, sum(map(len, hidden)) * hidden[0].shape[1] // SEARCH_TOKENS)].to(device)
+        windows = [window for part in hidden for window in part]
+        self.some = torch.stack(windows[:: max(1, len(windows) * len(windows[0]) // SEARCH_TOKENS)]).to(device)
         self.wanted = run_layer(layer, self.some, kwargs)
 
     def search(self, what: Initialization) -> None:
@@ -80,9 +81,8 @@ class Block:
         places = prepare_layer(self.layer, what.precision, what.smoothing)
         linears = {name: module for name, module in self.layer.named_modules() if isinstance(module, FakeQuantLinear)}
         if not what.clipping:
-            for linear in linears.values():
-                linear.low.data.fill_(NO_CLIPPING)
-                linear.high.data.fill_(NO_CLIPPING)
+            for bound in (bound for linear in linears.values() for bound in (linear.low, linear.high) if bound is not None):
+                bound.data.fill_(NO_CLIPPING)
             refresh_layer(self.layer)
         if places:
             ranges = self._ranges(places)
@@ -198,12 +198,11 @@ class Block:
         self.report(f"  span {best}, error {errors[1.0] ** 0.5:.4f} -> {errors[best] ** 0.5:.4f}")
 
     def _hessian(self, linear: FakeQuantLinear) -> Tensor:
-        """XᵀX / rows fp32 [K, K] of a Linear's inputs, as its product sees them."""
+        """XᵀX fp32 [K, K] of a Linear's inputs, as its product sees them."""
         hessian = torch.zeros(linear.in_features, linear.in_features, device=self.device)
 
         def accumulate(_: nn.Module, args: tuple[Tensor]) -> None:
-            x = linear.received(args[0]).flatten(0, -2).float()
-            add_second_moment(hessian, x / len(x) ** 0.5)
+            add_second_moment(hessian, linear.received(args[0]).flatten(0, -2).float())
             raise Seen
 
         handle = linear.register_forward_pre_hook(accumulate)

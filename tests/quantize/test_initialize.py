@@ -104,6 +104,14 @@ def test_the_same_again_and_what_is_kept(tiny):
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in first[0].values())
 
 
+def test_activations_alone(tiny):
+    """16-bit weights have no bounds: sites and spans are what is left to search."""
+    what = Initialization(Precision(16, -1, 4), True, True)
+    states, lines = search(tiny("llama"), what)
+    assert not any("clipping" in line for line in lines) and not any(name.endswith((".low", ".high")) for name in states[0])
+    assert any(bool((tensor != 1).any()) for name, tensor in states[0].items() if name.endswith((".scale", ".span")))
+
+
 def test_without_anything_it_is_rounding_to_nearest(tiny):
     what = Initialization(A4, False, False)
     states, _ = search(tiny("llama"), what)
