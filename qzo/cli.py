@@ -16,7 +16,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
   qzo evaluate runs/qzo-llama-2-13b-w4-seed0
   qzo export runs/qzo-llama-2-13b-w4-seed0 -o llama-13b-w4-sst2"""
 
-EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "hf", "peft")
+EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "aqlm", "hf", "peft")
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
     "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",

@@ -7,8 +7,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from qzo_kernels.ops_elementwise import rms_norm, rotary, silu_mul
+from qzo_kernels.reference_qat import fake_quantize_rows
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from qzo.model.qat import FoldedNorm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Frequencies of the other types depend on the length of the input.
@@ -50,7 +53,9 @@ def decode(model: nn.Module, input_ids: Tensor, embedded: Tensor | None = None) 
 
 
 def _norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return rms_norm(x, norm.weight, norm.variance_epsilon, residual)
+    weight, bias = norm.folded() if isinstance(norm, FoldedNorm) else (norm.weight, None)
+    normed, hidden = rms_norm(x, weight, norm.variance_epsilon, residual)
+    return (normed if bias is None else normed + bias), hidden
 
 
 def _attention(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,6 +64,7 @@ def _attention(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Ten
         q, k = _norm_heads(attention.q_norm, q), _norm_heads(attention.k_norm, k)
     q, k = rotary(q, k, cos, sin)
     v = v.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    q, k, v = (fake_quantize_rows(t, getattr(attention, "operand_bits", 16)) for t in (q, k, v))
     out = scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -149,7 +149,7 @@ def _check_model(folder: "Folder", network: "nn.Module", config: "Quantization")
     from torch import nn
 
     from qzo.model.formats import read_config
-    from qzo.quantize.walk import decoder_layers
+    from qzo.quantize.inputs import decoder_layers
 
     if read_config(folder) is not None:
         raise BadInput(str(folder.path), "already quantized", "a 16-bit model", "Quantize the model that it was made from.")

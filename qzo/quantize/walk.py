@@ -5,7 +5,6 @@ every later one sees the activations that the quantized earlier ones produce.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +12,13 @@ from torch import Tensor, nn
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
 from qzo.model.gptq_format import GptqConfig, pack_zeros, unpack_zeros
-from qzo.model.load import _computed_buffers, fill, release
+from qzo.model.load import fill, release
 from qzo.model.save import FolderWriter
 from qzo.quantize import gptq, rtn
 from qzo.quantize.grid import Quantized
+from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
 from qzo.quantize.resume import LayerWriter
 from qzo_kernels.pack import pack_codes, unpack_codes
-
-TOKENS_AT_ONCE = 4096
-
-
-class _Seen(Exception):
-    """Ends a forward as soon as it has produced what was asked for."""
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The module name and the list of the decoder's layers."""
-    layers = model.get_decoder().layers
-    return next(name for name, module in model.named_modules() if module is layers), layers
-
 
 def linears(layer: nn.Module) -> list[str]:
     """Names of a layer's Linears."""
@@ -83,7 +70,7 @@ class Walk:
             elif windows is not None:
                 self._restore(name, layer, writer)
             for i, part in enumerate(hidden):
-                hidden[i] = _forward(layer, part.to(self.device), kwargs[index]).cpu()
+                hidden[i] = run_layer(layer, part.to(self.device), kwargs[index]).cpu()
             release(layer)
 
     def _sets(
@@ -103,42 +90,7 @@ class Walk:
             weight.copy_(read_linear(writer, f"{name}.{linear}", *weight.shape, self.config, self.device).dequantize())
 
     def _first_inputs(self, windows: Tensor) -> tuple[list[Tensor], list[dict]]:
-        """The first layer's inputs, on the CPU, some windows at a time; and every layer's keyword arguments."""
-        decoder = self.model.get_decoder()
-        parent = self.prefix.rpartition(".")[0]
-        outside = [(f"{parent}.{name}.", child) for name, child in decoder.named_children() if child is not self.layers]
-        for prefix, _ in outside:
-            fill(self.model, self.folder, self.device, self.dtype, prefix)
-        _computed_buffers(self.model, self.device)
-        calls: list[tuple[Tensor, dict]] = []
-
-        def record(hidden: Tensor, **kwargs: Any) -> Tensor:
-            calls.append((hidden, kwargs))
-            if len(calls) == len(self.layers):
-                raise _Seen
-            return hidden
-
-        def run(ids: Tensor) -> None:
-            calls.clear()
-            try:
-                decoder(input_ids=ids.to(self.device), use_cache=False)
-            except _Seen:
-                pass
-
-        for layer in self.layers:
-            layer.forward = record
-        # Arguments of a single window broadcast over any number of them.
-        run(windows[:1])
-        kwargs = [call[1] for call in calls]
-        hidden = []
-        for part in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
-            run(part)
-            hidden.append(calls[0][0].cpu())
-        for layer in self.layers:
-            del layer.forward
-        for _, child in outside:
-            release(child)
-        return hidden, kwargs
+        return first_inputs(self.model, self.folder, windows, self.device, self.dtype)
 
     def _hessian(self, name: str, layer: nn.Module, linear: str, hidden: list[Tensor], kwargs: dict) -> Tensor:
         """XᵀX / rows, fp32 [K, K], of all the inputs of a Linear."""
@@ -151,13 +103,13 @@ class Walk:
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             rows += len(x)
             add_second_moment(hessian, x)
-            raise _Seen
+            raise Seen
 
         handle = module.register_forward_pre_hook(accumulate)
         for part in hidden:
             try:
                 layer(part.to(self.device), **kwargs)
-            except _Seen:
+            except Seen:
                 pass
         handle.remove()
         if not bool(torch.isfinite(hessian.diagonal()).all()):
@@ -199,27 +151,6 @@ def finite_weight(folder: Folder, name: str, device: torch.device) -> Tensor:
     return weight
 
 
-def add_second_moment(hessian: Tensor, x: Tensor) -> None:
-    """Add the upper triangle of XᵀX, x fp32 [rows, K], in block rows (what lies below the diagonal is not defined)."""
-    step = -(-x.shape[1] // 8)
-    for a in range(0, x.shape[1], step):
-        hessian[a : a + step, a:].addmm_(x[:, a : a + step].t(), x[:, a:])
-
-
-def mirror_upper(matrix: Tensor) -> None:
-    """Make a square matrix symmetric by its upper triangle, in place: a copy of K = 13824 is 0.76 GB."""
-    step = -(-len(matrix) // 8)
-    for a in range(0, len(matrix), step):
-        b = min(a + step, len(matrix))
-        matrix[a:b, a:b] = matrix[a:b, a:b].triu() + matrix[a:b, a:b].triu(1).t()
-        matrix[b:, a:b] = matrix[a:b, b:].t()
-
-
-def _forward(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
-    out = layer(hidden, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
 def _subsets(layer: nn.Module, hidden: Tensor, kwargs: dict) -> list[list[str]]:
     """The layer's Linears in call order, those that are given the very same tensor together."""
     inputs: list[Tensor] = []
@@ -236,7 +167,7 @@ def _subsets(layer: nn.Module, hidden: Tensor, kwargs: dict) -> list[list[str]]:
             subsets.append([name])
 
         handles.append(layer.get_submodule(name).register_forward_pre_hook(see))
-    _forward(layer, hidden, kwargs)
+    run_layer(layer, hidden, kwargs)
     for handle in handles:
         handle.remove()
     return subsets

@@ -8,7 +8,8 @@ from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model, skeleton
 from qzo.quantize.resume import LayerWriter
 from qzo.quantize import gptq, quantize_model
-from qzo.quantize.walk import Walk, add_second_moment, mirror_upper
+from qzo.quantize.inputs import add_second_moment, mirror_upper
+from qzo.quantize.walk import Walk
 
 
 @pytest.mark.parametrize("cols", [1, 7, 8, 37, 64])

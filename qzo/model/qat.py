@@ -1,0 +1,207 @@
+"""The fake-quantized modules of ZeroQAT (arXiv 2509.00031). What is stored, and what a forward sees as a function of it.
+
+A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_size) groups:
+
+    weight    [N, K] fp32 or bf16: the latent W, as in the checkpoint: neither smoothed nor rounded. Moved by a target `latent`
+    bias      [N] or None: B, as in the checkpoint
+    low, high [N, G] fp32: logits of the clipping bounds (LWC). Moved by a target `quantizer`
+    span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; the same for Linears of one input.
+              None at 16 bits. Moved by a target `quantizer`
+    s, δ      of the places before and after it, fp32: they belong to a Site (model/smoothing.py), which several modules share.
+              Moved by a target `quantizer`
+    step, zero [N, G] fp32 and offset [N]: the frozen grid (Δ, z) and the bias. `refresh()` makes them of all of the above, once per
+              update: a step's ± pair sees one grid, and one bias. A target may also move Δ and z themselves, after a refresh.
+
+    S = s_in ⊙ W ⊘ s_out                            [N, K]: the smoothed weight; (Δ, z) are those of S
+    y = Q_a(x) · Q(S; Δ, z)ᵀ + offset               offset = (B + W δ_in - δ_out) ⊘ s_out, with W before rounding
+
+x is what the module before it already shifted and scaled, or, at a site without such a module, (x - δ_in) ⊘ s_in is taken here.
+The step that W[n, k] itself sees is Δ[n, g]·s_out[n] / s_in[k]. A forward stores nothing: no effective weight outlives it.
+
+A FoldedNorm is an RMSNorm or LayerNorm whose weight w ⊘ s and bias (b - δ) ⊘ s are made in every forward ([H] numbers); b is 0 where
+the norm has none: δ needs a bias that RMSNorm models lack. q_norm and k_norm of a head are folded in the same way, with s alone.
+
+q, k and v are quantized by token and head as they enter the attention product (after rotary embedding), to `operand_bits` of their
+attention module. Softmax and its product stay in the model's dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from qzo_kernels.reference_qat import clipped_grid, fake_quantize, fake_quantize_rows
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qzo.errors import BadInput
+from qzo.model.smoothing import Channels, Place, places
+
+WEIGHT_BITS, ACTIVATION_BITS = (2, 3, 4, 6, 8, 16), (4, 6, 8, 16)
+LWC = 3.0  # the logit that clipping begins with
+ATTENTION = "qzo_quantized"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """bits of weights: 2, 3, 4, 6, 8, or 16 for none; of activations (with q, k, v): 4, 6, 8 or 16. group_size -1 is a whole row.
+
+    Raises BadInput for others.
+    """
+
+    bits: int
+    group_size: int
+    activations: int
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("bits", self.bits, WEIGHT_BITS), ("activations", self.activations, ACTIVATION_BITS)):
+            if value not in known:
+                raise BadInput(name, str(value), f"{', '.join(map(str, known[:-1]))} bits, or {known[-1]} for no quantization")
+        if self.group_size != -1 and self.group_size < 1:
+            raise BadInput("group_size", str(self.group_size), "a positive whole number, or -1 for whole rows")
+
+
+class FakeQuantLinear(nn.Module):
+    """Takes the place of a Linear and holds its tensors. See the head of this file for what is stored."""
+
+    def __init__(self, linear: nn.Linear, precision: Precision, before: Channels | None, after: Channels | None, own: bool):
+        super().__init__()
+        self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
+        self.weight, self.bias = linear.weight, linear.bias
+        # `own`: nothing before this module shifts and scales its input.
+        self.before, self.after, self.own = before, after, own
+        self.low = self.high = self.span = self.step = self.zero = self.offset = None
+        if precision.activations < 16:
+            self.span = nn.Parameter(torch.ones(1, device=linear.weight.device), requires_grad=False)
+        if precision.bits < 16:
+            size = linear.in_features if precision.group_size == -1 else precision.group_size
+            shape, device = (linear.out_features, -(-linear.in_features // size)), linear.weight.device
+            self.low = nn.Parameter(torch.full(shape, LWC, device=device), requires_grad=False)
+            self.high = nn.Parameter(torch.full(shape, LWC, device=device), requires_grad=False)
+        self.refresh()
+
+    def smoothed(self) -> Tensor:
+        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K]."""
+        weight = self.weight.data.float()
+        if self.before is not None:
+            weight = weight * self.before.scale()
+        return weight if self.after is None else weight / self.after.scale()[:, None]
+
+    def refresh(self) -> None:
+        """The grid and the offset of the tensors as they are now: once per update, not in a forward."""
+        if self.low is not None:
+            self.step, self.zero = clipped_grid(self.smoothed(), self.precision.bits, self.precision.group_size, self.low.data, self.high.data)
+        offset = None if self.bias is None else self.bias.data.float()
+        shift = None if self.before is None else self.before.shift()
+        if shift is not None:
+            moved = self.weight.data.float() @ shift
+            offset = moved if offset is None else offset + moved
+        if self.after is not None:
+            shift = self.after.shift()
+            if shift is not None:
+                offset = -shift if offset is None else offset - shift
+            offset = offset if offset is None else offset / self.after.scale()
+        self.offset = offset
+
+    def effective_weight(self) -> Tensor:
+        """Q(S; Δ, z) fp32 [N, K], on the frozen grid."""
+        weight = self.smoothed()
+        if self.step is None:
+            return weight
+        return fake_quantize(weight, self.step, self.zero, self.precision.bits, self.precision.group_size)
+
+    def received(self, x: Tensor) -> Tensor:
+        """The input [..., K] as the product sees it: shifted and scaled here if nobody did, and quantized."""
+        if self.own:
+            x = ((x - self.before.shift()) / self.before.scale()).to(x.dtype)
+        return fake_quantize_rows(x, self.precision.activations, self.span)
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = None if self.offset is None else self.offset.to(x.dtype)
+        return functional.linear(self.received(x), self.effective_weight().to(x.dtype), offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.precision}"
+
+
+class FoldedNorm(nn.Module):
+    """Takes the place of an RMSNorm (of llama, mistral, qwen2, qwen3) or a LayerNorm and holds its tensors."""
+
+    def __init__(self, norm: nn.Module, after: Channels):
+        super().__init__()
+        self.centred = isinstance(norm, nn.LayerNorm)
+        self.weight, self.bias, self.after = norm.weight, getattr(norm, "bias", None), after
+        self.variance_epsilon = norm.eps if self.centred else norm.variance_epsilon
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """weight w ⊘ s and bias (b - δ) ⊘ s [H], None where there is neither b nor δ, in the dtype of w."""
+        scale, shift = self.after.scale(), self.after.shift()
+        bias = None if self.bias is None else self.bias.float()
+        if shift is not None:
+            bias = -shift if bias is None else bias - shift
+        dtype = self.weight.dtype
+        return (self.weight.float() / scale).to(dtype), None if bias is None else (bias / scale).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.folded()
+        if self.centred:
+            return functional.layer_norm(x, weight.shape, weight, bias, self.variance_epsilon)
+        wide = x.float()
+        y = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+        return y if bias is None else y + bias
+
+
+def prepare_layer(layer: nn.Module, precision: Precision, smoothing: bool) -> dict[str, Place]:
+    """Replace the Linears and norms of a decoder layer, in place. The sites come back by name and are its `sites`; none without smoothing.
+
+    The layer's weights must be in memory. A change of a site or a clipping is seen after `refresh_layer`. Raises BadInput for a layer
+    that cannot be smoothed.
+    """
+    found = places(layer) if smoothing else {}
+    makers = {name: channels for place in found.values() for name, channels in place.makers.items()}
+    readers = {name: (channels, not place.makers) for place in found.values() for name, channels in place.readers.items()}
+    for name, module in list(layer.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.Linear):
+            before, own = readers.get(name, (None, False))
+            setattr(layer.get_submodule(parent), child, FakeQuantLinear(module, precision, before, makers.get(name), own))
+        elif name in makers:
+            setattr(layer.get_submodule(parent), child, FoldedNorm(module, makers[name]))
+    layer.sites = nn.ModuleDict({name: place.site for name, place in found.items()})
+    layer.self_attn.operand_bits = precision.activations
+    return found
+
+
+def refresh_layer(layer: nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, FakeQuantLinear):
+            module.refresh()
+
+
+def quantize_operands(model: nn.Module) -> None:
+    """Make the attention of a transformers model quantize q, k and v where a layer has `operand_bits`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.config._attn_implementation = ATTENTION
+
+
+def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    bits = getattr(module, "operand_bits", 16)
+    return sdpa_attention_forward(module, *(fake_quantize_rows(t, bits) for t in (q, k, v)), mask, **kwargs)
+
+
+def quantizer_state(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a prepared layer that belong to no checkpoint of the model: clipping, spans and sites, by name."""
+    names = (".low", ".high", ".span")
+    return {n: p.data for n, p in layer.named_parameters() if n.endswith(names) or n.startswith("sites.")}
+
+
+def load_quantizer_state(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """What `quantizer_state` gave, into a layer prepared in the same way."""
+    for name, tensor in quantizer_state(layer).items():
+        tensor.copy_(tensors[name])
+    refresh_layer(layer)
