@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 from types import TracebackType

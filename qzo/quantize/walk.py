@@ -5,8 +5,10 @@ every later one sees the activations that the quantized earlier ones produce.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from qzo_kernels.pack import pack_codes, unpack_codes
 from torch import Tensor, nn
 
 from qzo.errors import BadInput, RunFailed
@@ -18,7 +20,6 @@ from qzo.quantize import gptq, rtn
 from qzo.quantize.grid import Quantized
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
 from qzo.quantize.resume import LayerWriter
-from qzo_kernels.pack import pack_codes, unpack_codes
 
 def linears(layer: nn.Module) -> list[str]:
     """Names of a layer's Linears."""
