@@ -21,6 +21,7 @@ from qzo.quantize.grid import Quantized
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
 from qzo.quantize.resume import LayerWriter
 
+
 def linears(layer: nn.Module) -> list[str]:
     """Names of a layer's Linears."""
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
