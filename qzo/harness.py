@@ -7,9 +7,7 @@ from typing import Any
 
 from qzo.errors import BadInput
 from qzo.model.files import one_line
-from qzo.model.load import load_model
-from qzo.rebuild import load_run
-from qzo.run import is_run
+from qzo.rebuild import load_any
 
 WHERE = "--lm-eval"
 
@@ -27,10 +25,7 @@ def evaluate_harness(
     if find_spec("lm_eval") is None:
         raise BadInput(WHERE, "lm_eval is not installed", "the evaluation harness", "pip install 'qzo[lm-eval]'")
     manager, names = _tasks(tasks)
-    if is_run(model):
-        loaded, _, steps = load_run(model, device, dtype)
-    else:
-        loaded, steps = load_model(model, device, dtype or "auto"), None
+    loaded, steps = load_any(model, device, dtype)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -14,7 +14,7 @@ from qzo.model.files import Folder
 from qzo.model.formats import format_of, read_config, stored_scales
 from qzo.model.load import LoadedModel, load_model
 from qzo.recipe import Recipe
-from qzo.run import check_base, read_run, recipe_of, steps_to
+from qzo.run import check_base, is_run, read_run, recipe_of, steps_to
 from qzo.zo.targets import Target
 from qzo.zo.targets.codes import Codes, residual_name
 from qzo.zo.targets.dense import Dense
@@ -129,6 +129,14 @@ def tuned_state(
             value.copy_(found[1][name])
     replay(header, records[done:steps], state, progress)
     return steps, state
+
+
+def load_any(name: str, device: str = "auto", dtype: str | None = None) -> tuple[LoadedModel, int | None]:
+    """A folder, a hub id or a run as it is now; of a run with the number of steps applied."""
+    if is_run(name):
+        loaded, _, steps = load_run(name, device, dtype)
+        return loaded, steps
+    return load_model(name, device, dtype or "auto"), None
 
 
 def load_run(

@@ -9,10 +9,9 @@ from qzo.errors import BadInput
 from qzo.evaluate import evaluate_task, perplexity
 from qzo.inputs import task_of
 from qzo.model.files import BUILTIN, resolve
-from qzo.model.load import load_model
 from qzo.progress import Progress
 from qzo.recipe import Recipe, load_recipe
-from qzo.rebuild import load_run
+from qzo.rebuild import load_any
 from qzo.run import is_run, read_run, recipe_of
 
 
@@ -42,10 +41,7 @@ def score(model: str, question: Question, device: str = "auto", dtype: str | Non
         text = resolve(question.perplexity) if question.perplexity.startswith(BUILTIN) else Path(question.perplexity)
         if not text.is_file():
             raise BadInput(question.perplexity, "no such file", "a UTF-8 text file for --perplexity")
-    if run:
-        loaded, _, steps = load_run(model, device, dtype)
-    else:
-        loaded, steps = load_model(model, device, dtype or "auto"), None
+    loaded, steps = load_any(model, device, dtype)
     tokenizer = loaded.tokenizer()
     if examples is None:
         figures = perplexity(loaded.model, tokenizer, text, question.window, question.limit_windows)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from qzo_kernels import ops, reference
 from tiny_lanes import AtOnce
-from tiny_scripts import SCRIPTS, script
+from tiny_scripts import script
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

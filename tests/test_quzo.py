@@ -7,7 +7,7 @@ import pytest
 import torch
 from qzo_kernels.pack import untile_codes
 from tiny_formats import make_awq, make_compressed
-from tiny_runs import write_recipe
+from tiny_runs import stop_at, write_recipe
 
 from qzo.checkpoint import newest_snapshot, state_hash
 from qzo.cli import main
@@ -70,17 +70,8 @@ def test_a_run_replays_resumes_and_exports(kind, tuner, llama4, tmp_path, capsys
 def test_an_interrupted_run_ends_in_the_same_bits(feedback, tuner, tmp_path):
     whole = tuner(feedback=feedback, output_dir=tmp_path / "whole")
     whole.run()
-    half = tuner(feedback=feedback)
-    launch = half.launch
-
-    def stop_at_five():
-        if half.optimizer.steps == 5:
-            raise RuntimeError("stopped")
-        launch()
-
-    half.launch = stop_at_five
     with pytest.raises(RuntimeError, match="stopped"):
-        half.run()
+        stop_at(tuner(feedback=feedback), 5, RuntimeError("stopped")).run()
     assert newest_snapshot(tmp_path / "run")[0] == 4
     again = tuner(feedback=feedback)
     again.run()

@@ -80,15 +80,15 @@ def write_recipe(path: Path, model: Path, data: Path, **keys: object) -> str:
     return str(path)
 
 
-def stop_at(run: "Tuner", step: int) -> "Tuner":
-    """The same Tuner, which a signal will stop before it launches `step`."""
+def stop_at(run: "Tuner", step: int, error: BaseException | None = None) -> "Tuner":
+    """The same Tuner, which `error`, by default a signal, will stop before it launches `step`."""
     from qzo.errors import Interrupted
 
     launch = run.launch
 
     def launched() -> None:
         if run.optimizer.steps == step:
-            raise Interrupted("here", 15, "")
+            raise error or Interrupted("here", 15, "")
         launch()
 
     run.launch = launched

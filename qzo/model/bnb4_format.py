@@ -127,8 +127,13 @@ def read_layer(folder: Folder, name: str, config: Quantization, rows: int, cols:
     if 2 * size != rows * cols:
         raise BadInput(f"{folder.path}, {name}.{CODES}", f"{size} bytes", f"{rows * cols // 2}, for {rows}×{cols} codes of 4 bits")
     packed = packed.flatten().view(torch.uint8).view(rows, cols // 2).to(device)
-    fill_codes(codes, 4, lambda start, end: torch.stack((packed[start:end] >> 4, packed[start:end] & 15), 2).flatten(1), None)
+    fill_codes(codes, 4, lambda start, end: unpack(packed[start:end]), None)
     return LayerTensors(codes, scales, None, None, codebook)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [R, K/2] -> codes uint8 [R, K]."""
+    return torch.stack((packed >> 4, packed & 15), 2).flatten(1)
 
 
 def stored_scales(folder: Folder, name: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from qzo.model.uniform import CPU, LayerTensors, Moved, Quantization, empty_code
 VERSIONS = ("bitsandbytes-8bit",)
 CODES, SCALES = "weight", "SCB"
 PARTS = (CODES, SCALES, "weight_format")
-_TOP = 127
+TOP = 127
 
 
 def read_config(folder: Folder) -> Quantization | None:
@@ -38,44 +38,48 @@ def read_layer(folder: Folder, name: str, config: Quantization, rows: int, cols:
                        "Load it with bitsandbytes 0.44 and save it again.")  # fmt: skip
     codes = empty_codes(rows, cols, 8, device)
     scales = exact_tensor(folder, f"{name}.{SCALES}", (rows,), torch.float32).to(device)
-    scales = finite_scales(scales[:, None] / _TOP, f"{folder.path}, {name}.{SCALES}")
+    scales = finite_scales(scales[:, None] / TOP, f"{folder.path}, {name}.{SCALES}")
     weight = exact_tensor(folder, f"{name}.{CODES}", (rows, cols), torch.int8).to(device)
-    fill_codes(codes, 8, lambda start, end: _flipped(weight[start:end].view(torch.uint8)), None)
+    fill_codes(codes, 8, lambda start, end: flipped(weight[start:end].view(torch.uint8)), None)
     return LayerTensors(codes, scales, None, None)
 
 
-def _flipped(codes: torch.Tensor) -> torch.Tensor:
+def flipped(codes: torch.Tensor) -> torch.Tensor:
     """uint8, 128 added modulo 256: signed to unsigned, and back."""
     return codes ^ 128
 
 
 def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     """fp32 [N, 1]."""
-    return folder.read(f"{name}.{SCALES}").to(torch.float32)[:, None] / _TOP
+    return folder.read(f"{name}.{SCALES}").to(torch.float32)[:, None] / TOP
 
 
-def nearest_scb(scales: torch.Tensor) -> torch.Tensor:
+def scb_of(scales: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """SCB fp32 [N] of scales [N, 1]: the stored one where a scale has not moved."""
+    return torch.where(stored / TOP == scales[:, 0], stored, _nearest_scb(scales[:, 0]))
+
+
+def _nearest_scb(scales: torch.Tensor) -> torch.Tensor:
     """fp32: of 127·scale and its two neighbours the one whose quotient by 127 is nearest."""
-    best = scales * _TOP
+    best = scales * TOP
     for way in (float("-inf"), float("inf")):
-        other = torch.nextafter(scales * _TOP, torch.tensor(way))
-        best = torch.where((other / _TOP - scales).abs() < (best / _TOP - scales).abs(), other, best)
+        other = torch.nextafter(scales * TOP, torch.tensor(way))
+        best = torch.where((other / TOP - scales).abs() < (best / TOP - scales).abs(), other, best)
     return best
 
 
 def rounded(folder: Folder, name: str, scales: torch.Tensor) -> torch.Tensor:
     """Scales fp32 [N, 1] as a reader of the export will have them."""
-    return nearest_scb(scales) / _TOP
+    return _nearest_scb(scales) / TOP
 
 
 def written(folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved) -> torch.Tensor:
     """The tensor `name.part` of an export."""
     stored = folder.read(f"{name}.{part}")
     if part == SCALES and moved.scales is not None:
-        scales = moved.scales[:, 0]
-        return torch.where(stored / _TOP == scales, stored, nearest_scb(scales))
+        return scb_of(moved.scales, stored)
     if part == CODES and moved.codes is not None:
-        return _flipped(moved.codes).view(torch.int8)
+        return flipped(moved.codes).view(torch.int8)
     return stored
 
 

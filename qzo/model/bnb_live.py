@@ -13,11 +13,10 @@ from qzo_kernels.pack import tiled_words, untile_codes
 from torch import Tensor, nn
 
 from qzo.errors import BadInput
-from qzo.model.bnb8_format import nearest_scb
+from qzo.model.bnb4_format import unpack
+from qzo.model.bnb8_format import TOP, flipped, scb_of
 from qzo.model.linear import QuantLinear, Scratch
 from qzo.model.uniform import LayerTensors, fill_codes
-
-_TOP = 127
 
 
 class LiveLinear(QuantLinear):
@@ -52,7 +51,7 @@ def from_4bit(name: str, module: Any, scratch: Scratch) -> QuantLinear:
     scales = _absmax(state).view(rows, -1)
     packed = module.weight.data.view(-1).view(torch.uint8).view(rows, cols // 2)
     codes, kind = _words(packed, rows, cols, 4), module.weight.data.dtype
-    fill_codes(codes, 4, lambda start, end: torch.stack((packed[start:end] >> 4, packed[start:end] & 15), 2).flatten(1), None)
+    fill_codes(codes, 4, lambda start, end: unpack(packed[start:end]), None)
     layer = LiveLinear(name, LayerTensors(codes, scales, None, None, state.code.float().contiguous()), 4, state.blocksize, cols, _bias(module), scratch)
 
     def theirs() -> dict[str, Tensor]:
@@ -83,17 +82,15 @@ def from_8bit(name: str, module: Any, scratch: Scratch) -> QuantLinear:
     if weight.dtype != torch.int8 or scb is None:
         raise BadInput(f"prepare, {name}", f"a Linear8bitLt whose weight is {weight.dtype}", "int8", "Move the model to its device first.")
     rows, cols = weight.shape
-    scales = (scb.float() / _TOP)[:, None].contiguous()
+    scales = (scb.float() / TOP)[:, None].contiguous()
     packed = weight.data.view(torch.uint8)
     codes = _words(packed, rows, cols, 8)
-    fill_codes(codes, 8, lambda start, end: packed[start:end] ^ 128, None)
+    fill_codes(codes, 8, lambda start, end: flipped(packed[start:end]), None)
     layer = LiveLinear(name, LayerTensors(codes, scales, None, None), 8, cols, cols, _bias(module), scratch)
 
     def theirs() -> dict[str, Tensor]:
         q = untile_codes(layer.codes, 8, cols).to(torch.uint8)
-        scales = layer.scales.detach()[:, 0]
-        return {"weight": (q ^ 128).view(torch.int8), "SCB": torch.where(scb / _TOP == scales, scb, nearest_scb(scales)),
-                "weight_format": torch.tensor(0, dtype=torch.uint8)}  # fmt: skip
+        return {"weight": flipped(q).view(torch.int8), "SCB": scb_of(layer.scales.detach(), scb), "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
     layer.theirs = theirs
     return layer

@@ -1,6 +1,7 @@
 """What moves. Every target has the contract `Target`; each is one file."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,19 @@ class TensorInfo:
     uid: int
     shape: tuple[int, int]
     floor: float
+
+
+@contextmanager
+def layers_under_noise(layers: Iterable[Any], noises: Iterable[Any]) -> Iterator[None]:
+    """Inside it each layer's `noise` is the one of its place; afterwards None."""
+    layers = list(layers)
+    for layer, noise in zip(layers, noises, strict=True):
+        layer.noise = noise
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.noise = None
 
 
 class Target(Protocol):

@@ -7,8 +7,7 @@ estimator "rge2", as published: u = u2. "rge1": u = u1, whose only bias, the gai
 feedback: what a rounding leaves over is kept, int16 per weight, and added to the next step's.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from qzo_kernels.pack import untile_codes
 from qzo.model.linear import QuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.quantized import STREAMS, level, mean_move, sampled, unit, walk
-from qzo.zo.targets import TensorInfo
+from qzo.zo.targets import TensorInfo, layers_under_noise
 
 
 class Codes:
@@ -56,16 +55,9 @@ class Codes:
     def settings(self) -> dict[str, Any]:
         return {"noise_bits": self.noise_bits, "stream": self.stream, "bits": self.bits, "feedback": self.feedback}
 
-    @contextmanager
-    def entered(self, variants: Variants) -> Iterator[None]:
+    def entered(self, variants: Variants) -> AbstractContextManager[None]:
         eps = variants.signs * (self.eps * level(self.noise_bits))
-        for info, layer in zip(self._info, self.layers.values(), strict=True):
-            layer.noise = ops_noisy.CodeNoise(variants.states, eps, info.uid, self.noise_bits, variants.paired)
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.noise = None
+        return layers_under_noise(self.layers.values(), (ops_noisy.CodeNoise(variants.states, eps, info.uid, self.noise_bits, variants.paired) for info in self._info))
 
     def apply(self, state: torch.Tensor, coefs: torch.Tensor) -> None:
         for info, layer in zip(self._info, self.layers.values(), strict=True):

@@ -6,8 +6,7 @@
 s is fp32; the floor keeps a scale from changing sign, which would flip its whole group.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from qzo_kernels import ops
 
 from qzo.model.linear import QuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
-from qzo.zo.targets import TensorInfo
+from qzo.zo.targets import TensorInfo, layers_under_noise
 
 FLOOR = 1e-3
 
@@ -65,16 +64,9 @@ class Scales:
     def settings(self) -> dict[str, Any]:
         return {"gaussian": self.gaussian}
 
-    @contextmanager
-    def entered(self, variants: Variants) -> Iterator[None]:
+    def entered(self, variants: Variants) -> AbstractContextManager[None]:
         eps = variants.signs * self.eps
-        for info, layer in zip(self._info, self.layers.values(), strict=True):
-            layer.noise = ops.Noise(variants.states, eps, info.uid, info.floor, self.relative, self.gaussian)
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.noise = None
+        return layers_under_noise(self.layers.values(), (ops.Noise(variants.states, eps, info.uid, info.floor, self.relative, self.gaussian) for info in self._info))
 
     def apply(self, state: torch.Tensor, coefs: torch.Tensor) -> None:
         for info, layer in zip(self._info, self.layers.values(), strict=True):
