@@ -88,6 +88,11 @@ def fake_quantize(weight: Tensor, step: Tensor, zero: Tensor, bits: int, group_s
     return rounded(grouped(weight, group_size), step[..., None], zero[..., None], bits).flatten(-2)[..., : weight.shape[-1]]
 
 
+def grid_codes(weight: Tensor, step: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
+    """The codes of Q(W), fp32 [N, K] of whole numbers 0 … 2^b - 1; as in `fake_quantize`."""
+    return _codes(grouped(weight, group_size), step[..., None], zero[..., None], bits).flatten(-2)[..., : weight.shape[-1]]
+
+
 def rounded(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Δ · (clamp(round(x / Δ) + z, 0, 2^b - 1) - z); the three tensors broadcast."""
     return _codes(x, step, zero, bits).sub_(zero).mul_(step)
@@ -156,12 +161,10 @@ def update_latent_(
 def _realized(weight: Tensor, moved: Tensor, group_size: int, on: Realized) -> Tensor:
     """(q+ - q-) / (2·eps), in grid steps per eps."""
     eps = torch.tensor(on.eps, dtype=torch.float32, device=weight.device)
-    step, zero = on.step[..., None], on.zero[..., None]
-    codes = [
-        _codes(grouped(_smoothed(weight + moved * e, on.s_in, on.s_out), group_size), step, zero, on.bits).flatten(-2)[:, : weight.shape[1]]
-        for e in (eps, -eps)
-    ]
-    return (codes[0] - codes[1]) / (2 * eps)
+    plus, minus = (
+        grid_codes(_smoothed(weight + moved * e, on.s_in, on.s_out), on.step, on.zero, on.bits, group_size) for e in (eps, -eps)
+    )
+    return (plus - minus) / (2 * eps)
 
 
 def _codes(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:

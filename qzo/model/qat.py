@@ -92,9 +92,9 @@ class FakeQuantLinear(nn.Module):
         """s_in fp32 [K] and s_out fp32 [N], None for ones."""
         return None if self.before is None else self.before.scale(), None if self.after is None else self.after.scale()
 
-    def smoothed(self) -> Tensor:
-        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K]."""
-        weight, (s_in, s_out) = self.weight.data.float(), self.scales()
+    def smoothed(self, weight: Tensor | None = None) -> Tensor:
+        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K], of W or of another weight like it."""
+        weight, (s_in, s_out) = (self.weight.data if weight is None else weight).float(), self.scales()
         if s_in is not None:
             weight = weight * s_in
         return weight if s_out is None else weight / s_out[:, None]
