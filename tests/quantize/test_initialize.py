@@ -30,7 +30,7 @@ def search(path: Path, what: Initialization) -> tuple[list[dict], list[str]]:
     folder, states, lines = Folder(path), [], []
     network = skeleton(folder)
 
-    def keep(index: int, state: dict) -> None:
+    def keep(index: int, state: dict, error: float) -> None:
         assert index == len(states)
         states.append(state)
         inside = [i for i, layer in enumerate(network.get_decoder().layers) if not next(iter(layer.parameters())).is_meta]
