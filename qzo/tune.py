@@ -29,7 +29,7 @@ from qzo.metrics import Counts, Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
 from qzo.model.load import LoadedModel, load_model, load_tokenizer
 from qzo.progress import Progress, Steps
-from qzo.rebuild import build_targets, replay
+from qzo.rebuild import build_targets, replay, units
 from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
 from qzo.run import build_optimizer, changes, check_base, check_data, claim, keep_aside, make_header
@@ -104,7 +104,7 @@ class Tuner:
             done = found[0]
             for name, value in state.items():
                 value.copy_(found[1][name])
-        replay(self.header, journal.records[done:], state)
+        replay(self.header, journal.records[done:], state, units(self.targets))
         for target in self.targets:
             target.load_state(state)
         if journal.records:
