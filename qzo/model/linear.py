@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 from qzo_kernels import ops, ops_a8, ops_noisy, ops_vectors
+from qzo_kernels.reference_qat import fake_quantize_rows
 from torch import nn
 
-from qzo.model.uniform import LayerTensors
+from qzo.model.uniform import InputGrid, LayerTensors
 
 
 class Scratch:
@@ -39,6 +40,7 @@ class QuantLinear(nn.Module):
     along dim 0, and part v is multiplied with the weight under variant v of the noise, on the scales or on the codes.
     `activations` "int8" or "fp8": x is rounded to 8 bits per row, and the product is of integers. `adapter`: a function of x (in
     the model's order of channels) whose values are added.
+    With an input grid (LayerTensors) x is shifted, divided and rounded as that says, and `activations` are None.
     Where `codes` stay on the host, `source` gives them on the device of the scales (model/stream.py).
     """
 
@@ -53,6 +55,10 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", tensors.zeros)
         self.register_buffer("perm", tensors.perm)
         self.register_buffer("codebook", tensors.codebook)
+        grid = tensors.grid or InputGrid(16)
+        self.input_bits = grid.bits
+        for key in ("span", "shift", "divisor"):
+            self.register_buffer(key, getattr(grid, key))
         self.vectors = tensors.codebook is not None and tensors.codebook.dim() == 3
         self.scales = nn.Parameter(tensors.scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -76,11 +82,16 @@ class QuantLinear(nn.Module):
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._product(x if self.perm is None else x.index_select(-1, self.perm))
+        seen = x if self.shift is None else ((x - self.shift) / self.divisor).to(x.dtype)
+        y = self._product(seen if self.perm is None else seen.index_select(-1, self.perm))
         return y if self.adapter is None else y + self.adapter(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
+        if self.input_bits < 16:
+            if self.activations or isinstance(self.noise, ops_noisy.CodeNoise):
+                raise ValueError(f"{self.name}: a grid of its own for inputs with 8-bit activations or noise on codes; expected noise on the scales")
+            x = fake_quantize_rows(x, self.input_bits, self.span)
         if self.codebook is not None and (self.activations or isinstance(self.noise, ops_noisy.CodeNoise)):
             raise ValueError(f"{self.name}: codes of a codebook with 8-bit activations or noise on codes; expected noise on the scales")
         if self.vectors:
