@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from qzo_kernels import ops, ops_a8, ops_noisy, ops_vectors
-from qzo_kernels.reference_qat import fake_quantize_rows
+from qzo_kernels import ops, ops_a8, ops_asym, ops_noisy, ops_vectors
 from torch import nn
 
 from qzo.model.uniform import InputGrid, LayerTensors
@@ -56,7 +55,10 @@ class QuantLinear(nn.Module):
         self.register_buffer("perm", tensors.perm)
         self.register_buffer("codebook", tensors.codebook)
         grid = tensors.grid or InputGrid(16)
-        self.input_bits = grid.bits
+        self.input_bits, sums = grid.bits, None
+        if grid.bits < 16:
+            sums = ops_asym.code_sums(tensors.codes.to(tensors.scales.device), tensors.zeros, bits, group_size, cols)
+        self.register_buffer("sums", sums)  # of which the point about which rows are rounded takes its share
         for key in ("span", "shift", "divisor"):
             self.register_buffer(key, getattr(grid, key))
         self.vectors = tensors.codebook is not None and tensors.codebook.dim() == 3
@@ -89,9 +91,7 @@ class QuantLinear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
         if self.input_bits < 16:
-            if self.activations or isinstance(self.noise, ops_noisy.CodeNoise):
-                raise ValueError(f"{self.name}: a grid of its own for inputs with 8-bit activations or noise on codes; expected noise on the scales")
-            x = fake_quantize_rows(x, self.input_bits, self.span)
+            return self._low_bit(x)
         if self.codebook is not None and (self.activations or isinstance(self.noise, ops_noisy.CodeNoise)):
             raise ValueError(f"{self.name}: codes of a codebook with 8-bit activations or noise on codes; expected noise on the scales")
         if self.vectors:
@@ -104,6 +104,13 @@ class QuantLinear(nn.Module):
         route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise, self.codebook)
         scratch = self.scratch.like(x) if route == "dequantize" else None
         return ops.quant_matmul(x, *weight, self.bias, self.noise, scratch, route, self.codebook)
+
+    def _low_bit(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activations or isinstance(self.noise, ops_noisy.CodeNoise):
+            raise ValueError(f"{self.name}: a grid of its own for inputs with 8-bit activations or noise on codes; expected noise on the scales")
+        scratch = None if ops_a8.takes_packed(self.bits, self.group_size, self.in_features) else self.scratch.like(x)
+        weight = (self._codes(), self.scales, self.zeros, self.sums, self.bits, self.group_size)
+        return ops_asym.quant_matmul_asym(x, *weight, self.input_bits, self.span, self.bias, self.noise, scratch)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
