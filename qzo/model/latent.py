@@ -1,13 +1,15 @@
 """The layers of a latent checkpoint (model/zeroqat_format.py) in memory: FakeQuantLinears, their quantizer as the folder has it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from qzo.errors import BadInput
 from qzo.model.files import Folder
+from qzo.model.linear import QuantLinear, Scratch
 from qzo.model.load import fill
+from qzo.model.packing import quant_linear
 from qzo.model.qat import FakeQuantLinear, load_quantizer_state, prepare_layer, quantize_operands, quantizer_state
 from qzo.model.zeroqat_format import LatentConfig
 from qzo.progress import Progress
@@ -17,20 +19,30 @@ _LOGITS = ("low", "high")  # of which infinity is one
 
 
 def load_latent(
-    model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device, dtype: torch.dtype
-) -> dict[str, FakeQuantLinear]:  # fmt: skip
-    """Fill the decoder layers of a model on meta and prepare them: the FakeQuantLinears by name.
+    model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device, dtype: torch.dtype, keep: Collection[str] | None = None
+) -> tuple[dict[str, FakeQuantLinear], dict[str, QuantLinear]]:  # fmt: skip
+    """Fill the decoder layers of a model on meta and prepare them: (the FakeQuantLinears, the packed ones) by name.
 
+    keep: last names of Linears; all others are packed as soon as their layer is read, so that one layer's latents are in memory.
     Weights and biases of Linears keep the folder's dtype, so that the grid is the same for every `dtype` of forwards. Raises BadInput
-    for tensors that are missing, misshapen or of values that no quantizer has.
+    for tensors that are missing, misshapen or of values that no quantizer has, and for names that no Linear has.
     """
-    fakes: dict[str, FakeQuantLinear] = {}
+    fakes, packed, scratch = {}, {}, Scratch()
     quantize_operands(model)
     with Progress("load", len(model.get_decoder().layers), after=2.0) as progress:
-        for number, (_, inside) in enumerate(prepared_layers(model, folder, config, device, dtype)):
-            fakes |= inside
+        for number, (_, found) in enumerate(prepared_layers(model, folder, config, device, dtype)):
+            known = {inner.rpartition(".")[2] for inner in found}
+            if keep is not None and not set(keep) <= known:
+                raise BadInput("latent_layers", ", ".join(keep), f"some of {', '.join(sorted(known))}")
+            for inner, module in found.items():
+                if keep is None or inner.rpartition(".")[2] in keep:
+                    fakes[inner] = module
+                else:
+                    packed[inner] = quant_linear(inner, module, dtype, scratch)
+                    model.set_submodule(inner, packed[inner])
+            del found, module
             progress.update(number + 1)
-    return fakes
+    return fakes, packed
 
 
 def prepared_layers(
