@@ -37,19 +37,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_quantize(verbs: argparse._SubParsersAction) -> None:
-    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ or bitsandbytes checkpoint out; the same command continues")
+    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ, bitsandbytes or ZeroQAT checkpoint out; the same command continues")
     p.add_argument("model", metavar="MODEL", help="model folder, hub id, or builtin:tiny-llama")
     p.add_argument("-o", "--out", required=True, help="new folder for the quantized model")
-    p.add_argument("--method", choices=("gptq", "rtn", "int8", "nf4", "fp4"), default="gptq",
-                   help="gptq needs --calibration; int8, nf4 and fp4 are those of bitsandbytes (default: gptq)")  # fmt: skip
-    p.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="default: 4, for int8 8")
-    p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1), help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64)")
+    p.add_argument("--method", choices=("gptq", "rtn", "int8", "nf4", "fp4", "zeroqat"), default="gptq",
+                   help="gptq and zeroqat need --calibration; int8, nf4 and fp4 are those of bitsandbytes (default: gptq)")  # fmt: skip
+    p.add_argument("--bits", type=int, choices=(2, 3, 4, 6, 8), help="6: zeroqat alone (default: 4, for int8 8)")
+    p.add_argument("--activations", type=int, choices=(4, 6, 8, 16), help="bits of activations, for zeroqat (default: 16, not quantized)")
+    p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1),
+                   help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64, for zeroqat with low-bit activations -1)")  # fmt: skip
     sym = p.add_mutually_exclusive_group()
     sym.add_argument("--sym", dest="sym", action="store_true", default=True, help="zero point in the middle (default)")
     sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
     p.add_argument("--desc-act", action="store_true", help="quantize columns in order of activation size")
     p.add_argument("--format", choices=("gptq", "gptq_v2"), help="checkpoint format of gptq and rtn (default: gptq)")
-    p.add_argument("--calibration", metavar="FILE", help="texts for gptq: jsonl with `text`, or a .txt file")
+    p.add_argument("--calibration", metavar="FILE", help="texts for gptq and zeroqat: jsonl with `text`, or a .txt file")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (default: 128)")
     p.add_argument("--max-length", type=int, default=512, help="tokens per calibration window (default: 512)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -71,7 +73,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     summary = quantize_model(
         args.model, args.out, args.method, args.bits, args.group_size, args.sym, args.desc_act, args.format,
-        args.calibration, args.samples, args.max_length, args.device, progress, args.restart,
+        args.calibration, args.samples, args.max_length, args.device, progress, args.restart, args.activations,
     )  # fmt: skip
     if "bar" in shown:
         shown["bar"].close()

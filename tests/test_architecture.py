@@ -29,8 +29,8 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# `zo` moves the scales of model/linear, and nothing of model knows zo.
-ZO_MAY = {"zo", "model.linear"}
+# `zo` moves the scales of model/linear and the latents of model/qat, and nothing of model knows zo.
+ZO_MAY = {"zo", "model.linear", "model.qat"}
 
 
 def tree(path: Path) -> ast.Module:

@@ -13,6 +13,7 @@ from qzo.errors import BadInput
 from qzo.model import aqlm_format, awq_format, bnb4_format, bnb8_format, compressed_format, gptq_format
 from qzo.model.files import Folder
 from qzo.model.uniform import LayerTensors, Moved, Quantization, raw_config
+from qzo.model.zeroqat_format import latent_config
 
 
 class Format(Protocol):
@@ -45,9 +46,12 @@ _METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "aqlm")
 
 
 def read_config(folder: Folder) -> Quantization | None:
-    """The quantization of a folder, None where it is not quantized. Raises BadInput for a format not understood, by name."""
+    """The quantization of a folder, None where no Linear is: in a 16-bit folder, and in a latent checkpoint (zeroqat_format).
+
+    Raises BadInput for a format not understood, by name.
+    """
     found = raw_config(folder)
-    return None if found is None else _by_method(*found).read_config(folder)
+    return None if found is None or latent_config(folder) else _by_method(*found).read_config(folder)
 
 
 def _by_method(raw: dict, where: str) -> Format:

@@ -1,7 +1,7 @@
 """A model folder in, a transformers model with QuantLinear out; tensor by tensor, never the 16-bit model of a 4-bit one."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.formats import Quantization, format_of, is_quantized, read_config
 from qzo.model.linear import QuantLinear, Scratch
+from qzo.model.qat import FakeQuantLinear
 from qzo.model.stream import CodeStream, stream_codes
+from qzo.model.zeroqat_format import LatentConfig, latent_config
 from qzo.progress import Progress
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
@@ -23,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class LoadedModel:
     """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization.
 
+    Of a latent checkpoint of ZeroQAT `latent` is what its config says, `fakes` its FakeQuantLinears by name, and `config` None.
     `stream` brings the codes to a GPU where they are kept in host memory.
     """
 
@@ -34,6 +37,8 @@ class LoadedModel:
     dtype: torch.dtype
     embedding: HostEmbedding | None = None
     stream: CodeStream | None = None
+    fakes: dict[str, FakeQuantLinear] = field(default_factory=dict)
+    latent: LatentConfig | None = None
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
@@ -128,8 +133,13 @@ def _read(folder: Folder, name: str, shape: torch.Size) -> torch.Tensor:
     return value
 
 
-def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "") -> None:
-    """Read the parameters below `prefix` that are still on meta. Raises BadInput for missing or misshapen tensors, and for integers."""
+def fill(
+    model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "", exact: type[nn.Module] | tuple[()] = ()
+) -> None:
+    """Read the parameters below `prefix` that are still on meta; those of modules of the type `exact` keep the folder's dtype.
+
+    Raises BadInput for missing or misshapen tensors, and for integers.
+    """
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for module_name, module in model.named_modules():
         if not f"{module_name}.".startswith(prefix) or isinstance(module, QuantLinear) or module is tied:
@@ -142,7 +152,8 @@ def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dt
                 if old.is_floating_point() and not value.is_floating_point():
                     raise BadInput(f"{folder.path}, {module_name}.{name}", f"{value.dtype}, and no scales", "floating-point weights",
                                    "The checkpoint is incomplete.")  # fmt: skip
-                value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+                plain = value.is_floating_point() and not isinstance(module, exact)
+                value = value.to(device, dtype if plain else value.dtype, copy=True)
                 store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
     if tied is not None:
         tied.weight = model.get_input_embeddings().weight
@@ -224,10 +235,15 @@ def load_model(
         raise BadInput("activations", f"{activations} with NF4, FP4 or AQLM weights", "weights on a uniform grid, or activations of 16 bits")
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
+    model, latent, streamed = skeleton(folder), latent_config(folder), offload == "codes" and where.type == "cuda"
     layers = swap_quantized(model, folder, config, where, kind, streamed) if config else {}
     kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
     embedding = _keep_embeddings(model, folder, where, kind) if kept else None
+    fakes = {}
+    if latent:
+        from qzo.model.latent import load_latent
+
+        fakes = load_latent(model, folder, latent, where, kind)
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     for layer in layers.values():
@@ -240,4 +256,4 @@ def load_model(
         from qzo.model.pretrained import attach
 
         attach(model, folder)
-    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None)
+    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None, fakes, latent)
