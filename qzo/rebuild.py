@@ -30,6 +30,11 @@ REPLAY_CHUNK = 64
 Progress = Callable[[int, int], None]
 
 
+def load_base(recipe: Recipe, device: str, dtype: str) -> LoadedModel:
+    """The model of a recipe, before anything moved. Without weights that move none is packed: the quantizer has them all."""
+    return load_model(recipe.model, device, dtype, recipe.offload, recipe.activations, recipe.latent_layers or None)
+
+
 def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
     """What moves in this run, in the order of the journal's coefficients."""
     if recipe.method == "quzo-lora":
@@ -57,14 +62,9 @@ def _adapters(recipe: Recipe, loaded: LoadedModel) -> Lora:
 def _latents(recipe: Recipe, loaded: LoadedModel, gaussian: bool) -> list[Target]:
     """The weights, if any move, before the quantizer: its update makes the grid anew."""
     targets: list[Target] = []
-    wanted = recipe.latent_layers
-    if wanted != []:
-        chosen = {name: fake for name, fake in loaded.fakes.items() if wanted is None or name.rpartition(".")[2] in wanted}
-        if missing := [name for name in wanted or () if not any(full.rpartition(".")[2] == name for full in chosen)]:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in loaded.fakes}))
-            raise BadInput("latent_layers", ", ".join(missing), f"some of {known}")
+    if recipe.latent_layers != []:
         relative = recipe.eps_mode == "relative_step"
-        targets.append(Latent(chosen, loaded.folder.read, recipe.eps, recipe.lr, relative, gaussian, recipe.direction == "realized"))
+        targets.append(Latent(loaded.fakes, loaded.folder.read, recipe.eps, recipe.lr, relative, gaussian, recipe.direction == "realized"))
     if recipe.quantizer:
         targets.append(Quantizer(loaded.model, recipe.quantizer, recipe.quantizer_eps, recipe.quantizer_lr, gaussian))
     return targets
@@ -198,7 +198,7 @@ def load_run(
     """The tuned model of a run, its targets and the number of steps applied."""
     header, _ = read_run(path)
     recipe = recipe_of(header, path)
-    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload, recipe.activations)
+    loaded = load_base(recipe, device, dtype or recipe.dtype)
     steps, state = tuned_state(path, loaded.folder, loaded.device, to)
     targets = build_targets(recipe, loaded)
     for target in targets:
