@@ -79,7 +79,8 @@ def _kept(logits: Tensor) -> Tensor:
 def bounded_grid(least: Tensor, most: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(Δ, z) of the ranges least ≤ 0 ≤ most, of any one shape."""
     top = (1 << bits) - 1
-    step = ((most - least) / top).clamp_(min=FLOOR)
+    # On CUDA a number divides by its reciprocal, a tensor by itself.
+    step = ((most - least) / least.new_full((), top)).clamp_(min=FLOOR)
     return step, (-least / step).round_().clamp_(0, top)
 
 
@@ -111,7 +112,6 @@ def row_grid(x: Tensor, bits: int, span: Tensor | None = None) -> tuple[Tensor, 
     least, most = x.aminmax(dim=-1, keepdim=True)
     if span is not None:
         least, most = torch.where(least < 0, least * span, least), torch.where(most > 0, most * span, most)
-    # On CUDA a number divides by its reciprocal, a tensor by itself.
     step = ((most - least) / x.new_full((), (1 << bits) - 1)).clamp_(min=FLOOR)
     return step, (-least / step).round_()
 

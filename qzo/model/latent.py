@@ -1,6 +1,6 @@
 """The layers of a latent checkpoint (model/zeroqat_format.py) in memory: FakeQuantLinears, their quantizer as the folder has it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,29 +27,36 @@ def load_latent(
     Weights and biases of Linears keep the folder's dtype, so that the grid is the same for every `dtype` of forwards. Raises BadInput
     for tensors that are missing, misshapen or of values that no quantizer has, and for names that no Linear has.
     """
+    fakes, packed, scratch = {}, {}, Scratch()
+    quantize_operands(model)
+    with Progress("load", len(model.get_decoder().layers), after=2.0) as progress:
+        for number, (_, found) in enumerate(prepared_layers(model, folder, config, device, dtype)):
+            known = {inner.rpartition(".")[2] for inner in found}
+            if keep is not None and not set(keep) <= known:
+                raise BadInput("latent_layers", ", ".join(keep), f"some of {', '.join(sorted(known))}")
+            for inner, module in found.items():
+                if keep is None or inner.rpartition(".")[2] in keep:
+                    fakes[inner] = module
+                else:
+                    packed[inner] = quant_linear(inner, module, dtype, scratch)
+                    model.set_submodule(inner, packed[inner])
+            del found, module
+            progress.update(number + 1)
+    return fakes, packed
+
+
+def prepared_layers(
+    model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, dict[str, FakeQuantLinear]]]:  # fmt: skip
+    """Each decoder layer of a model on meta, filled and prepared as `load_latent` does it, with its FakeQuantLinears by full name."""
     layers = model.get_decoder().layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    quantize_operands(model)
-    fakes, packed, scratch, progress = {}, {}, Scratch(), Progress("load", len(layers), after=2.0)
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         fill(model, folder, device, dtype, f"{name}.", exact=nn.Linear)
         prepare_layer(layer, config.precision, config.smoothing)
         load_quantizer_state(layer, {key: _read(folder, f"{name}.{key}", old) for key, old in quantizer_state(layer).items()})
-        found = {f"{name}.{inner}": module for inner, module in layer.named_modules() if isinstance(module, FakeQuantLinear)}
-        known = {inner.rpartition(".")[2] for inner in found}
-        if keep is not None and not set(keep) <= known:
-            raise BadInput("latent_layers", ", ".join(keep), f"some of {', '.join(sorted(known))}")
-        for inner, module in found.items():
-            if keep is None or inner.rpartition(".")[2] in keep:
-                fakes[inner] = module
-            else:
-                packed[inner] = quant_linear(inner, module, dtype, scratch)
-                model.set_submodule(inner, packed[inner])
-        del found
-        progress.update(index + 1)
-    progress.close()
-    return fakes, packed
+        yield layer, {f"{name}.{inner}": module for inner, module in layer.named_modules() if isinstance(module, FakeQuantLinear)}
 
 
 def _read(folder: Folder, name: str, old: Tensor) -> Tensor:
