@@ -248,7 +248,8 @@ def test_bench_kernels_from_end_to_end(green, tmp_path, monkeypatch, capsys):
     assert "largest relative error" in capsys.readouterr().out
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == {"cublas", "quant_matmul", "two_halves", "dequantize", "perturb", "update_", "update_codes_"}
+    assert {row["op"] for row in rows} == {"cublas", "quant_matmul", "two_halves", "dequantize", "perturb", "update_", "update_codes_",
+                                        "effective_weight", "copy", "update_latent_"}  # fmt: skip
     assert {row["variants"] for row in rows if row["op"] == "quant_matmul"} == {"1", "2"}
     assert all(0 < float(row["us_p20"]) <= float(row["us"]) <= float(row["us_p80"]) for row in rows)
     assert all(float(row["rel_error"]) <= 3e-3 for row in rows), rows
