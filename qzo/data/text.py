@@ -3,20 +3,24 @@
 A window is an example: all its tokens but the first are predicted.
 """
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qzo.data.encode import Encoded, Option
+from qzo.data.encode import Encoded, Option, leading_ids, token_ids
 from qzo.data.permutation import subset
 from qzo.data.records import each_record, located
 from qzo.data.tasks import get_task, made
 from qzo.errors import BadInput
 
-BATCH = 1 << 20  # characters whose tokens are made at once
+BATCH = 1 << 18  # characters whose tokens are made at once
+AROUND = 256  # characters on either side by which a seam is judged
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
 class Windows(Sequence[Encoded]):
@@ -71,9 +75,8 @@ def cut(texts: Iterable[str], where: str, tokenizer: PreTrainedTokenizerBase, le
     if length < 2:
         raise BadInput("window", str(length), "at least 2 tokens")
     ids = array("i")
-    for part in _parts(texts, BATCH if first is None else 1):
-        for found in tokenizer(part, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]:
-            ids.extend(found)
+    for found in _token_ids(texts, tokenizer, BATCH if first is None else 1):
+        ids.extend(found)
         if first is not None and len(ids) >= first * length:
             break
     count = len(ids) // length
@@ -82,10 +85,46 @@ def cut(texts: Iterable[str], where: str, tokenizer: PreTrainedTokenizerBase, le
     return Windows(torch.frombuffer(ids, dtype=torch.int32)[: count * length].view(count, length)[:first])
 
 
+def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[list[int]]:
+    """The ids of the texts in order, in lists of any length."""
+    for part in _parts(texts, size):
+        if len(part[0]) <= 2 * BATCH:
+            yield from tokenizer(part, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+            continue
+        word = token_ids(["a"], tokenizer)[0]
+        begin = leading_ids(tokenizer)
+        yield begin
+        yield from _in_pieces(part[0], tokenizer)
+        yield tokenizer("a")["input_ids"][len(begin) + len(word) :]
+
+
+def _in_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The ids of a long text, piece by piece: at once they would take the memory of hundreds of bytes per token."""
+    context = start = 0
+    while start < len(text):
+        seam = _seam(text, start + BATCH, tokenizer)
+        before, ids = token_ids([text[context:start], text[context:seam]], tokenizer)
+        yield ids[len(before) :]
+        context, start = max(0, seam - AROUND), seam
+
+
+def _seam(text: str, least: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A place from `least` on, between two words, where a token ends whatever follows; the end of the text if none is near."""
+    for match in islice(_BETWEEN_WORDS.finditer(text, least, least + BATCH), 8):
+        at = match.start()
+        before, around = token_ids([text[max(0, at - AROUND) : at], text[max(0, at - AROUND) : at + AROUND]], tokenizer)
+        if around[: len(before)] == before:
+            return at
+    return len(text)
+
+
 def _parts(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The texts in lists of at least `size` characters each, but for the last."""
+    """The texts in lists of at most `size` characters, or of one text."""
     part, held = [], 0
     for text in texts:
+        if part and held + len(text) > size:
+            yield part
+            part, held = [], 0
         part.append(text)
         held += len(text)
         if held >= size:

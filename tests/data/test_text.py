@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from qzo.data import text as module
 from qzo.data.batches import collate
@@ -20,8 +22,6 @@ WORDS = "a charming and often affecting journey".split()
 @pytest.fixture(scope="module")
 def around(tokenizer):
     """The tokenizer, which puts a BOS before a text and an EOS behind it."""
-    from transformers import PreTrainedTokenizerFast
-
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<s>", "</s>"])
     ids = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
@@ -51,6 +51,28 @@ def test_windows_are_those_of_the_joined_documents(around, batch, monkeypatch):
     assert [one.rows[0][0] for one in windows] == ids[: len(windows) * 16 : 16]
     batch = collate([windows[0], windows[1]], 0)
     assert batch.tokens == 30 and batch.pair_mask.all() and batch.pair_token[1, 0].tolist() == ids[17:32]
+
+
+def llama_like():
+    """Words are joined by U+2581, which a text also begins with; merges may cross words, and one does."""
+    letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz.,\n0123456789"))
+    merges = [("▁", "a"), ("o", "f"), ("▁", "of"), ("▁of", "▁a"), ("e", "n"), ("▁", "t")]
+    vocab = {piece: i for i, piece in enumerate([*letters, "▁a", "of", "▁of", "▁of▁a", "en", "▁t"])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("make", [lambda around: around, lambda around: llama_like()], ids=["byte level", "llama"])
+@pytest.mark.parametrize("text", ["and often of a journey of a kind .\n\n of a dull 12 , ten\n" * 40, "of.of.of\n" * 300], ids=["words", "no seam"])
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(around, make, text, monkeypatch):
+    tokenizer = make(around)
+    whole = tokenizer(text)["input_ids"]
+    monkeypatch.setattr(module, "BATCH", 300)
+    pieces = list(module._in_pieces(text, tokenizer))
+    assert (len(pieces) > 5) == (" " in text)
+    assert cut([text], "here", tokenizer, 2).ids.flatten().tolist() == whole[: len(whole) // 2 * 2]
+    assert torch.equal(cut([text], "here", tokenizer, 8, 5).ids.flatten(), torch.tensor(whole[:40], dtype=torch.int32))
 
 
 def test_of_a_limit_nothing_behind_it_is_read(tokenizer):
