@@ -151,7 +151,7 @@ def _(x, codes, scales, zeros, bias, state, eps, bits, group_size, uid, floor, r
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-def _full_precision_sums() -> None:
+def full_precision_sums() -> None:
     """cuBLAS sums its partial products in fp32, for the whole process: the loss noise of bf16 sums drowns a small eps."""
     if not torch.compiler.is_compiling():
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -201,7 +201,7 @@ def dense_matmul(
     The weights lie in `scratch` one after the other; it is allocated if not given.
     """
     if x.is_cuda:
-        _full_precision_sums()
+        full_precision_sums()
     shape = (rows, x.shape[1])
     weight = torch.empty(shape, dtype=x.dtype, device=x.device) if scratch is None else weight_in(scratch, x.dtype, shape, x)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)

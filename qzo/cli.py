@@ -16,7 +16,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
   qzo evaluate runs/qzo-llama-2-13b-w4-seed0
   qzo export runs/qzo-llama-2-13b-w4-seed0 -o llama-13b-w4-sst2"""
 
-EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "aqlm", "hf", "peft")
+EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "aqlm", "hf", "peft", "packed", "zeroqat")
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
     "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",
@@ -37,19 +37,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_quantize(verbs: argparse._SubParsersAction) -> None:
-    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ or bitsandbytes checkpoint out; the same command continues")
+    p = verbs.add_parser("quantize", help="a 16-bit model in, a GPTQ, bitsandbytes or ZeroQAT checkpoint out; the same command continues")
     p.add_argument("model", metavar="MODEL", help="model folder, hub id, or builtin:tiny-llama")
     p.add_argument("-o", "--out", required=True, help="new folder for the quantized model")
-    p.add_argument("--method", choices=("gptq", "rtn", "int8", "nf4", "fp4"), default="gptq",
-                   help="gptq needs --calibration; int8, nf4 and fp4 are those of bitsandbytes (default: gptq)")  # fmt: skip
-    p.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="default: 4, for int8 8")
-    p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1), help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64)")
+    p.add_argument("--method", choices=("gptq", "rtn", "int8", "nf4", "fp4", "zeroqat"), default="gptq",
+                   help="gptq and zeroqat need --calibration; int8, nf4 and fp4 are those of bitsandbytes (default: gptq)")  # fmt: skip
+    p.add_argument("--bits", type=int, choices=(2, 3, 4, 6, 8), help="6: zeroqat alone (default: 4, for int8 8)")
+    p.add_argument("--activations", type=int, choices=(4, 6, 8, 16), help="bits of activations, for zeroqat (default: 16, not quantized)")
+    p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1),
+                   help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64, for zeroqat with low-bit activations -1)")  # fmt: skip
     sym = p.add_mutually_exclusive_group()
     sym.add_argument("--sym", dest="sym", action="store_true", default=True, help="zero point in the middle (default)")
     sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
     p.add_argument("--desc-act", action="store_true", help="quantize columns in order of activation size")
     p.add_argument("--format", choices=("gptq", "gptq_v2"), help="checkpoint format of gptq and rtn (default: gptq)")
-    p.add_argument("--calibration", metavar="FILE", help="texts for gptq: jsonl with `text`, or a .txt file")
+    p.add_argument("--calibration", metavar="FILE", help="texts for gptq and zeroqat: jsonl with `text`, or a .txt file")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (default: 128)")
     p.add_argument("--max-length", type=int, default=512, help="tokens per calibration window (default: 512)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -71,7 +73,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     summary = quantize_model(
         args.model, args.out, args.method, args.bits, args.group_size, args.sym, args.desc_act, args.format,
-        args.calibration, args.samples, args.max_length, args.device, progress, args.restart,
+        args.calibration, args.samples, args.max_length, args.device, progress, args.restart, args.activations,
     )  # fmt: skip
     if "bar" in shown:
         shown["bar"].close()
@@ -111,11 +113,11 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("evaluate", help="accuracy on a task, or perplexity on a text, of a model or a run")
     p.add_argument("model", metavar="MODEL_OR_RUN", help="16-bit or quantized folder, hub id, or the folder of a run")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad (default for a run: its own)")
+    what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad, messages or text (default for a run: its own)")
     what.add_argument("--recipe", metavar="RECIPE", help="take task, data and split from a recipe")
     what.add_argument("--perplexity", metavar="FILE", help="a text file")
     what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, and folders (./FOLDER) of such")
-    p.add_argument("--data", metavar="FOLDER", help="folder of SPLIT.jsonl files, a .jsonl file, or a hub id")
+    p.add_argument("--data", metavar="FOLDER", help="folder of SPLIT.jsonl files, a .jsonl file, or a hub id; of a text also SPLIT.txt, or a .txt file")
     p.add_argument("--split", help="default: validation")
     p.add_argument("--limit", type=_positive, help="evaluate the first LIMIT examples")
     p.add_argument("--window", type=_positive, default=512, help="tokens per window of --perplexity (default: 512)")
@@ -159,9 +161,10 @@ def _measured(args: argparse.Namespace) -> dict[str, object]:
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("export", help="write a run's tuned model as an ordinary checkpoint")
-    p.add_argument("run_folder", metavar="RUN")
+    p.add_argument("run_folder", metavar="RUN", help="the folder of a run, or of what quantize --method zeroqat wrote")
     p.add_argument("-o", "--out", required=True, help="new folder for the model")
-    p.add_argument("--format", choices=EXPORTS, help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")
+    p.add_argument("--format", choices=EXPORTS,
+                   help="default: the base checkpoint's, peft for adapters, packed for zeroqat; hf: dequantized 16 bits")  # fmt: skip
     p.add_argument("--push", metavar="REPO_ID", help="upload it to the Hugging Face Hub; a repository that must be private has to exist")
     p.set_defaults(run=_export, to=None, snapshots=True)
 
@@ -181,6 +184,11 @@ def _export(args: argparse.Namespace) -> None:
 def _say_exported(out: str, summary: dict, checked: dict) -> None:
     if not checked:
         print(f"{out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
+        return
+    if "apart" in checked:
+        print(f"{out}: {checked['format']}, {summary['steps']} steps applied")
+        codes = "equal" if not checked["codes"] else f"equal but for {checked['codes']:.1g} of them"
+        print(f"reloaded: codes {codes}; logits within {checked['apart']:.2g} of the fake-quantized ones (largest logit {checked['largest_logit']:.3g})")
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
     print(f"{out}: {summary['format']}, {summary['steps']} steps applied")

@@ -22,15 +22,15 @@ LAYERS = [
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild", "report_html", "track"},
-    {"report", "replay", "fit"},
+    {"report", "replay", "fit", "latent_export"},
     {"card", "hub"},
     {"tune", "export"},
     {"score", "plan", "doctor", "harness"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# `zo` moves the scales of model/linear, and nothing of model knows zo.
-ZO_MAY = {"zo", "model.linear"}
+# `zo` moves the scales of model/linear and the latents of model/qat, and nothing of model knows zo.
+ZO_MAY = {"zo", "model.linear", "model.qat"}
 
 
 def tree(path: Path) -> ast.Module:

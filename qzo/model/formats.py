@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 
 from qzo.errors import BadInput
-from qzo.model import aqlm_format, awq_format, bnb4_format, bnb8_format, compressed_format, gptq_format
+from qzo.model import aqlm_format, awq_format, bnb4_format, bnb8_format, compressed_format, gptq_format, packed_format
 from qzo.model.files import Folder
 from qzo.model.uniform import LayerTensors, Moved, Quantization, raw_config
+from qzo.model.zeroqat_format import latent_config
 
 
 class Format(Protocol):
@@ -39,15 +40,18 @@ class Format(Protocol):
 # bitsandbytes has two formats under one quant_method.
 FORMATS: dict[str, Format] = {
     "gptq": gptq_format, "awq": awq_format, "compressed-tensors": compressed_format, "bitsandbytes-8bit": bnb8_format,
-    "bitsandbytes-4bit": bnb4_format, "aqlm": aqlm_format,
+    "bitsandbytes-4bit": bnb4_format, "aqlm": aqlm_format, "qzo_packed": packed_format,
 }  # fmt: skip
-_METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "aqlm")
+_METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "aqlm", "qzo_packed")
 
 
 def read_config(folder: Folder) -> Quantization | None:
-    """The quantization of a folder, None where it is not quantized. Raises BadInput for a format not understood, by name."""
+    """The quantization of a folder, None where no Linear is: in a 16-bit folder, and in a latent checkpoint (zeroqat_format).
+
+    Raises BadInput for a format not understood, by name.
+    """
     found = raw_config(folder)
-    return None if found is None else _by_method(*found).read_config(folder)
+    return None if found is None or latent_config(folder) else _by_method(*found).read_config(folder)
 
 
 def _by_method(raw: dict, where: str) -> Format:

@@ -1,7 +1,8 @@
 """A model folder in, a transformers model with QuantLinear out; tensor by tensor, never the 16-bit model of a 4-bit one."""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.formats import Quantization, format_of, is_quantized, read_config
 from qzo.model.linear import QuantLinear, Scratch
+from qzo.model.packed_format import PackedConfig, prepare_model
+from qzo.model.qat import FakeQuantLinear
 from qzo.model.stream import CodeStream, stream_codes
+from qzo.model.zeroqat_format import LatentConfig, latent_config
 from qzo.progress import Progress
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
@@ -23,6 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class LoadedModel:
     """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization.
 
+    Of a latent checkpoint of ZeroQAT `latent` is what its config says, `fakes` its FakeQuantLinears by name, and `config` None.
     `stream` brings the codes to a GPU where they are kept in host memory.
     """
 
@@ -34,6 +39,8 @@ class LoadedModel:
     dtype: torch.dtype
     embedding: HostEmbedding | None = None
     stream: CodeStream | None = None
+    fakes: dict[str, FakeQuantLinear] = field(default_factory=dict)
+    latent: LatentConfig | None = None
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
@@ -128,8 +135,13 @@ def _read(folder: Folder, name: str, shape: torch.Size) -> torch.Tensor:
     return value
 
 
-def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "") -> None:
-    """Read the parameters below `prefix` that are still on meta. Raises BadInput for missing or misshapen tensors, and for integers."""
+def fill(
+    model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dtype, prefix: str = "", exact: type[nn.Module] | tuple[()] = ()
+) -> None:
+    """Read the parameters below `prefix` that are still on meta; those of modules of the type `exact` keep the folder's dtype.
+
+    Raises BadInput for missing or misshapen tensors, and for integers.
+    """
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for module_name, module in model.named_modules():
         if not f"{module_name}.".startswith(prefix) or isinstance(module, QuantLinear) or module is tied:
@@ -142,7 +154,8 @@ def fill(model: nn.Module, folder: Folder, device: torch.device, dtype: torch.dt
                 if old.is_floating_point() and not value.is_floating_point():
                     raise BadInput(f"{folder.path}, {module_name}.{name}", f"{value.dtype}, and no scales", "floating-point weights",
                                    "The checkpoint is incomplete.")  # fmt: skip
-                value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+                plain = value.is_floating_point() and not isinstance(module, exact)
+                value = value.to(device, dtype if plain else value.dtype, copy=True)
                 store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
     if tied is not None:
         tied.weight = model.get_input_embeddings().weight
@@ -209,25 +222,49 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
     return kept
 
 
+def _check_request(
+    folder: Folder, config: Quantization | None, activations: str | None, latent_layers: Collection[str] | None
+) -> LatentConfig | None:  # fmt: skip
+    """The config of a latent checkpoint. Raises BadInput for what does not go with the folder."""
+    latent = latent_config(folder)
+    if activations and config is not None and config.codebook:
+        raise BadInput("activations", f"{activations} with NF4, FP4 or AQLM weights", "weights on a uniform grid, or activations of 16 bits")
+    own = latent.activations if latent else getattr(config, "activations", 16)
+    if activations and (latent or own < 16):
+        raise BadInput("activations", f"{activations} with a checkpoint that says {own} bits itself", "none", "Leave activations out.")
+    if latent_layers is not None and not latent:
+        raise BadInput("latent_layers", ", ".join(latent_layers) or "none", "a latent checkpoint, of qzo quantize --method zeroqat")
+    return latent
+
+
 def load_model(
-    name: str, device: str = "auto", dtype: str = "auto", offload: str = "none", activations: str | None = None
-) -> LoadedModel:
+    name: str, device: str = "auto", dtype: str = "auto", offload: str = "none", activations: str | None = None,
+    latent_layers: Collection[str] | None = None,
+) -> LoadedModel:  # fmt: skip
     """Load a 16-bit or quantized folder, a hub id or `builtin:NAME` for inference.
 
     Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
     memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.
-    activations: int8 or fp8, the inputs of quantized Linears rounded to 8 bits. Raises BadInput for what cannot be read, by name.
+    activations: int8 or fp8, the inputs of quantized Linears rounded to 8 bits. latent_layers: of a latent checkpoint, the last names of
+    the Linears that stay FakeQuantLinears (None: all); the others are packed into QuantLinears, layer by layer, their smoothing as it is.
+    Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
     config = read_config(folder)
-    if activations and config is not None and config.codebook:
-        raise BadInput("activations", f"{activations} with NF4, FP4 or AQLM weights", "weights on a uniform grid, or activations of 16 bits")
+    latent = _check_request(folder, config, activations, latent_layers)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
+    if isinstance(config, PackedConfig):
+        prepare_model(model, folder, config)
     layers = swap_quantized(model, folder, config, where, kind, streamed) if config else {}
     kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
     embedding = _keep_embeddings(model, folder, where, kind) if kept else None
+    fakes = {}
+    if latent:
+        from qzo.model.latent import load_latent
+
+        fakes, layers = load_latent(model, folder, latent, where, kind, latent_layers)
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     for layer in layers.values():
@@ -240,4 +277,4 @@ def load_model(
         from qzo.model.pretrained import attach
 
         attach(model, folder)
-    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None)
+    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None, fakes, latent)

@@ -5,18 +5,23 @@ A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_siz
     weight    [N, K] fp32 or bf16: the latent W, as in the checkpoint: neither smoothed nor rounded. Moved by a target `latent`
     bias      [N] or None: B, as in the checkpoint
     low, high [N, G] fp32: logits of the clipping bounds (LWC). Moved by a target `quantizer`
+    factor, move [N, G] fp32: Δ is that of the bounds times factor, z that of the bounds plus move, rounded, 0 … 2^b - 1. At first 1
+              and 0. Moved by a target `quantizer`
     span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; the same for Linears of one input.
               None at 16 bits. Moved by a target `quantizer`
     s, δ      of the places before and after it, fp32: they belong to a Site (model/smoothing.py), which several modules share.
               Moved by a target `quantizer`
     step, zero [N, G] fp32 and offset [N]: the frozen grid (Δ, z) and the bias. `refresh()` makes them of all of the above, once per
-              update: a step's ± pair sees one grid, and one bias. A target may also move Δ and z themselves, after a refresh.
+              update, `refresh_offset()` the bias alone: a step's ± pair sees one grid, and one bias. Both write in place, so that a
+              captured graph finds them again.
 
     S = s_in ⊙ W ⊘ s_out                            [N, K]: the smoothed weight; (Δ, z) are those of S
     y = Q_a(x) · Q(S; Δ, z)ᵀ + offset               offset = (B + W δ_in - δ_out) ⊘ s_out, with W before rounding
 
 x is what the module before it already shifted and scaled, or, at a site without such a module, (x - δ_in) ⊘ s_in is taken here.
 The step that W[n, k] itself sees is Δ[n, g]·s_out[n] / s_in[k]. A forward stores nothing: no effective weight outlives it.
+
+With `noise` set, x [V·B, ..., K] is cut into V equal parts along dim 0, and part v is multiplied with Q of W under variant v.
 
 A FoldedNorm is an RMSNorm or LayerNorm whose weight w ⊘ s and bias (b - δ) ⊘ s are made in every forward ([H] numbers); b is 0 where
 the norm has none: δ needs a bias that RMSNorm models lack. q_norm and k_norm of a head are folded in the same way, with s alone.
@@ -29,7 +34,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from qzo_kernels.reference_qat import clipped_grid, fake_quantize, fake_quantize_rows
+from qzo_kernels.ops import full_precision_sums
+from qzo_kernels.ops_qat import LatentNoise, effective_weight
+from qzo_kernels.reference_qat import FLOOR, clipped_grid, fake_quantize_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -69,27 +76,39 @@ class FakeQuantLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         # `own`: nothing before this module shifts and scales its input.
         self.before, self.after, self.own = before, after, own
-        self.low = self.high = self.span = self.step = self.zero = self.offset = None
+        self.low = self.high = self.factor = self.move = self.span = self.step = self.zero = self.offset = None
+        self.noise: LatentNoise | None = None
+        device = linear.weight.device
         if precision.activations < 16:
-            self.span = nn.Parameter(torch.ones(1, device=linear.weight.device), requires_grad=False)
+            self.span = nn.Parameter(torch.ones(1, device=device), requires_grad=False)
         if precision.bits < 16:
             size = linear.in_features if precision.group_size == -1 else precision.group_size
-            shape, device = (linear.out_features, -(-linear.in_features // size)), linear.weight.device
-            self.low = nn.Parameter(torch.full(shape, LWC, device=device), requires_grad=False)
-            self.high = nn.Parameter(torch.full(shape, LWC, device=device), requires_grad=False)
+            shape = (linear.out_features, -(-linear.in_features // size))
+            for name, value in (("low", LWC), ("high", LWC), ("factor", 1.0), ("move", 0.0)):
+                setattr(self, name, nn.Parameter(torch.full(shape, value, device=device), requires_grad=False))
         self.refresh()
 
-    def smoothed(self) -> Tensor:
-        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K]."""
-        weight = self.weight.data.float()
-        if self.before is not None:
-            weight = weight * self.before.scale()
-        return weight if self.after is None else weight / self.after.scale()[:, None]
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """s_in fp32 [K] and s_out fp32 [N], None for ones."""
+        return None if self.before is None else self.before.scale(), None if self.after is None else self.after.scale()
 
-    def refresh(self) -> None:
-        """The grid and the offset of the tensors as they are now: once per update, not in a forward."""
-        if self.low is not None:
-            self.step, self.zero = clipped_grid(self.smoothed(), self.precision.bits, self.precision.group_size, self.low.data, self.high.data)
+    def smoothed(self, weight: Tensor | None = None) -> Tensor:
+        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K], of W or of another weight like it."""
+        weight, (s_in, s_out) = (self.weight.data if weight is None else weight).float(), self.scales()
+        if s_in is not None:
+            weight = weight * s_in
+        return weight if s_out is None else weight / s_out[:, None]
+
+    def grid(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """(Δ, z) fp32 [N, G] of the tensors as they are now."""
+        if self.low is None:
+            return None, None
+        step, zero = clipped_grid(self.smoothed(), self.precision.bits, self.precision.group_size, self.low.data, self.high.data)
+        top = (1 << self.precision.bits) - 1
+        return (step * self.factor.data).clamp_(min=FLOOR), (zero + self.move.data).round_().clamp_(0, top)
+
+    def shifted(self) -> Tensor | None:
+        """The offset fp32 [N] of the tensors as they are now."""
         offset = None if self.bias is None else self.bias.data.float()
         shift = None if self.before is None else self.before.shift()
         if shift is not None:
@@ -100,14 +119,24 @@ class FakeQuantLinear(nn.Module):
             if shift is not None:
                 offset = -shift if offset is None else offset - shift
             offset = offset if offset is None else offset / self.after.scale()
-        self.offset = offset
+        return offset
 
-    def effective_weight(self) -> Tensor:
-        """Q(S; Δ, z) fp32 [N, K], on the frozen grid."""
-        weight = self.smoothed()
+    def refresh(self) -> None:
+        """The grid and the offset of the tensors as they are now: once per update, not in a forward."""
+        step, zero = self.grid()
+        self.step, self.zero = _written(self.step, step), _written(self.zero, zero)
+        self.refresh_offset()
+
+    def refresh_offset(self) -> None:
+        """The offset alone: where weights move and the grid stays."""
+        self.offset = _written(self.offset, self.shifted())
+
+    def effective_weight(self, dtype: torch.dtype, noise: LatentNoise | None = None) -> Tensor:
+        """Q(S; Δ, z) [V, N, K] of dtype, on the frozen grid, of W under `noise`; V = 1 without."""
         if self.step is None:
-            return weight
-        return fake_quantize(weight, self.step, self.zero, self.precision.bits, self.precision.group_size)
+            return self.smoothed().to(dtype)[None]
+        bits, size = self.precision.bits, self.precision.group_size
+        return effective_weight(self.weight.data, self.step, self.zero, bits, size, dtype, *self.scales(), noise)
 
     def received(self, x: Tensor) -> Tensor:
         """The input [..., K] as the product sees it: shifted and scaled here if nobody did, and quantized."""
@@ -116,17 +145,34 @@ class FakeQuantLinear(nn.Module):
         return fake_quantize_rows(x, self.precision.activations, self.span)
 
     def forward(self, x: Tensor) -> Tensor:
-        offset = None if self.offset is None else self.offset.to(x.dtype)
-        return functional.linear(self.received(x), self.effective_weight().to(x.dtype), offset)
+        offset, noise, given = None if self.offset is None else self.offset.to(x.dtype), self.noise, self.received(x)
+        if x.is_cuda:
+            full_precision_sums()
+        if noise is None:
+            return functional.linear(given, self.effective_weight(x.dtype)[0], offset)
+        if len(x) % len(noise.eps):
+            raise ValueError(f"x: {len(x)} along dim 0; expected a multiple of the {len(noise.eps)} variants of the noise")
+        parts, done = given.chunk(len(noise.eps)), []
+        # Two weights in memory at a time: those of a pair are made in one pass.
+        for states, eps in zip(noise.states.split(2), noise.eps.split(2), strict=True):
+            weights = self.effective_weight(x.dtype, noise._replace(states=states, eps=eps))
+            done += [functional.linear(part, weight, offset) for part, weight in zip(parts[len(done) :], weights, strict=False)]
+            del weights
+        return torch.cat(done)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.precision}"
 
 
-class FoldedNorm(nn.Module):
-    """Takes the place of an RMSNorm (of llama, mistral, qwen2, qwen3) or a LayerNorm and holds its tensors."""
+def _written(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """`new` at the place of `old`, where there is one of its kind."""
+    return new if old is None or old.device != new.device else old.copy_(new)
 
-    def __init__(self, norm: nn.Module, after: Channels):
+
+class FoldedNorm(nn.Module):
+    """Takes the place of an RMSNorm (of llama, mistral, qwen2, qwen3) or a LayerNorm and holds its tensors. Without `after` they are folded already."""
+
+    def __init__(self, norm: nn.Module, after: Channels | None):
         super().__init__()
         self.centred = isinstance(norm, nn.LayerNorm)
         self.weight, self.bias, self.after = norm.weight, getattr(norm, "bias", None), after
@@ -134,6 +180,8 @@ class FoldedNorm(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """weight w ⊘ s and bias (b - δ) ⊘ s [H], None where there is neither b nor δ, in the dtype of w."""
+        if self.after is None:
+            return self.weight, self.bias
         scale, shift = self.after.scale(), self.after.shift()
         bias = None if self.bias is None else self.bias.float()
         if shift is not None:
@@ -195,8 +243,8 @@ def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 
 def quantizer_state(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a prepared layer that belong to no checkpoint of the model: clipping, spans and sites, by name."""
-    names = (".low", ".high", ".span")
+    """The tensors of a prepared layer that belong to no checkpoint of the model: clipping, what moves a grid, spans and sites, by name."""
+    names = (".low", ".high", ".factor", ".move", ".span")
     return {n: p.data for n, p in layer.named_parameters() if n.endswith(names) or n.startswith("sites.")}
 
 

@@ -1,4 +1,4 @@
-"""A 16-bit model folder in, a GPTQ or bitsandbytes checkpoint out."""
+"""A 16-bit model folder in, a GPTQ, bitsandbytes or latent (ZeroQAT) checkpoint out."""
 
 import time
 from collections.abc import Callable
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from qzo.model.uniform import Quantization
     from qzo.quantize.resume import LayerWriter
     from qzo.quantize.walk import Walk
+    from qzo.quantize.zeroqat import LatentWalk
 
-METHODS = ("gptq", "rtn", "int8", "nf4", "fp4")
+METHODS = ("gptq", "rtn", "int8", "nf4", "fp4", "zeroqat")
 FORMATS = ("gptq", "gptq_v2")
+CALIBRATED = ("gptq", "zeroqat")
 KEPT = "The layers that are done are kept; the same command continues."
 
 
@@ -26,14 +28,17 @@ def quantize_model(
     model: str, out: str | Path, method: str = "gptq", bits: int | None = None, group_size: int | None = None, sym: bool = True,
     desc_act: bool = False, format: str | None = None, calibration: str | None = None, samples: int = 128,
     max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None, restart: bool = False,
+    activations: int | None = None,
 ) -> dict:  # fmt: skip
     """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
 
-    One layer at a time is in memory. GPTQ reads `samples` windows of `max_length` tokens (at most the model's
+    One layer at a time is in memory. GPTQ and zeroqat read `samples` windows of `max_length` tokens (at most the model's
     context) from `calibration`; rtn, and bitsandbytes' int8, nf4 and fp4, need none. None: 4 bits, groups of 128 and the format gptq;
-    for bitsandbytes its format and bits, and blocks of 64. `progress(linears done, in all, text)` is called first and after each set
+    for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps the weights and writes a quantizer beside them, for weights with
+    a zero point per group and for `activations` of 4, 6, 8 or 16 bits (None: 16, which is none), its group_size by default -1 with
+    activations below 16. `progress(linears done, in all, text)` is called first and after each set
     of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
-    error of the Linears' outputs on the calibration inputs, of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
+    error of the Linears' outputs on the calibration inputs (zeroqat: of the layers'), of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
 
     A call that was killed, interrupted or out of memory or disk space leaves the layers that it finished in
@@ -48,21 +53,25 @@ def quantize_model(
     from qzo.quantize.bnb import METHODS as LIBRARY
     from qzo.quantize.bnb import BnbWalk
     from qzo.quantize.walk import Walk
+    from qzo.quantize.zeroqat import LatentWalk
 
     begin = time.monotonic()
-    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length)
+    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length, activations)
     folder = Folder(model)
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
     network = skeleton(folder)
     names = _check_model(folder, network, config)
     windows = None
-    if method == "gptq":
+    if method in CALIBRATED:
         length = min(max_length, getattr(network.config, "max_position_embeddings", max_length))
         windows = load_windows(calibration, load_tokenizer(folder), samples, length, network.config.vocab_size)
     with LayerWriter(out, settings_of(folder, config, method, windows, where.type, str(dtype)), restart) as writer:
         arguments = (network, folder, config, where, dtype)
-        walk = BnbWalk(method, *arguments) if method in LIBRARY else Walk(*arguments)
+        if method == "zeroqat":
+            walk = LatentWalk(*arguments)
+        else:
+            walk = BnbWalk(method, *arguments) if method in LIBRARY else Walk(*arguments)
         path = _write(walk, windows, names, writer, progress or (lambda *_: None))
     errors = [error for layer in writer.layers for error in layer]
     return {
@@ -73,7 +82,7 @@ def quantize_model(
 
 
 def _write(
-    walk: "Walk", windows: "Tensor | None", names: list[str], writer: "LayerWriter", progress: Callable[[int, int, str], None]
+    walk: "Walk | LatentWalk", windows: "Tensor | None", names: list[str], writer: "LayerWriter", progress: Callable[[int, int, str], None]
 ) -> Path:  # fmt: skip
     """The whole folder. A signal stops before the next set of Linears."""
     import torch
@@ -92,6 +101,7 @@ def _write(
         stop.do = KEPT if writer.layers else "No layer was done."
         stop.check()
 
+    walk.say = lambda text: progress(done, len(names), text)
     with StopSignals(str(writer.out), "No layer was done.") as stop:
         try:
             walk.run(windows, writer, report, check)
@@ -99,7 +109,7 @@ def _write(
             do = "Use device=cpu, or a smaller max_length" + (f", with restart. {KEPT}" if writer.layers else ".")
             raise OutOfMemory("quantize", str(error).splitlines()[0], "", do) from error
         check()
-        _copy_rest(walk.folder, walk.model, names, writer)
+        _copy_rest(walk.folder, walk.model, [] if walk.config.version == "zeroqat" else names, writer)
         walk.folder.copy_side_files(writer.partial)
         check()
         document, extra = walk.documents(names)
@@ -108,13 +118,18 @@ def _write(
 
 def _settings(
     method: str, bits: int | None, group_size: int | None, sym: bool, desc_act: bool, format: str | None,
-    calibration: str | None, samples: int, max_length: int,
+    calibration: str | None, samples: int, max_length: int, activations: int | None = None,
 ) -> "Quantization":  # fmt: skip
     from qzo.model.gptq_format import BITS, GptqConfig
 
     wrong = None
     if method not in METHODS:
         raise BadInput("method", method, ", ".join(METHODS))
+    if method == "zeroqat":
+        return _latent(bits, group_size, activations, desc_act, format, calibration, samples, max_length)
+    if activations is not None:
+        raise BadInput("activations", f"{activations} with method {method}", "method zeroqat, which has a quantizer for them",
+                       "Leave it out: the recipe key activations rounds the inputs of any uniform checkpoint.")  # fmt: skip
     if method not in ("gptq", "rtn"):
         return _of_library(method, bits, group_size, sym, desc_act, format)
     bits, group_size, format = (4 if bits is None else bits), (128 if group_size is None else group_size), format or "gptq"
@@ -124,15 +139,35 @@ def _settings(
         wrong = ("group_size", str(group_size), "a positive whole number, or -1 for whole rows")
     elif format not in FORMATS:
         wrong = ("format", format, " or ".join(FORMATS))
-    elif samples < 1 or max_length < 2:
-        wrong = ("samples, max_length", f"{samples}, {max_length}", "at least 1 window of at least 2 tokens")
     if wrong:
         raise BadInput(*wrong)
+    _check_windows(samples, max_length)
     if method == "gptq" and calibration is None:
         raise BadInput("calibration", "none", "text for method gptq", "Give --calibration FILE, or --method rtn.")
     if method == "rtn" and desc_act:
         raise BadInput("desc_act", "true with method rtn", "method gptq: the order comes from its calibration")
     return GptqConfig(bits, group_size, sym, desc_act, format)
+
+
+def _check_windows(samples: int, max_length: int) -> None:
+    if samples < 1 or max_length < 2:
+        raise BadInput("samples, max_length", f"{samples}, {max_length}", "at least 1 window of at least 2 tokens")
+
+
+def _latent(
+    bits: int | None, group_size: int | None, activations: int | None, desc_act: bool, format: str | None, calibration: str | None,
+    samples: int, max_length: int,
+) -> "Quantization":  # fmt: skip
+    from qzo.quantize.zeroqat import settings
+
+    for key, given in (("desc_act", desc_act and "true"), ("format", format)):
+        if given:
+            raise BadInput(key, f"{given} with method zeroqat", "method gptq or rtn: a latent checkpoint has one format, and columns in order")
+    found = settings(bits, group_size, activations)
+    _check_windows(samples, max_length)
+    if calibration is None:
+        raise BadInput("calibration", "none", "text for method zeroqat", "Give --calibration FILE.")
+    return found
 
 
 def _of_library(method: str, bits: int | None, block: int | None, sym: bool, desc_act: bool, format: str | None) -> "Quantization":
@@ -149,9 +184,10 @@ def _check_model(folder: "Folder", network: "nn.Module", config: "Quantization")
     from torch import nn
 
     from qzo.model.formats import read_config
+    from qzo.model.zeroqat_format import latent_config
     from qzo.quantize.inputs import decoder_layers
 
-    if read_config(folder) is not None:
+    if read_config(folder) is not None or latent_config(folder) is not None:
         raise BadInput(str(folder.path), "already quantized", "a 16-bit model", "Quantize the model that it was made from.")
     names = []
     for name, module in decoder_layers(network)[1].named_modules(prefix=decoder_layers(network)[0]):

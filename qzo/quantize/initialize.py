@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
 from qzo.model.load import fill, release
-from qzo.model.qat import FakeQuantLinear, Precision, prepare_layer, quantize_operands, quantizer_state, refresh_layer
+from qzo.model.qat import FakeQuantLinear, Precision, load_quantizer_state, prepare_layer, quantize_operands, quantizer_state, refresh_layer
 from qzo.model.smoothing import Place
 from qzo.quantize.clipping import search_bounds
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
@@ -47,21 +48,35 @@ class Initialization:
 @torch.no_grad()
 def initialize(
     model: nn.Module, folder: Folder, windows: Tensor, what: Initialization, device: torch.device, dtype: torch.dtype,
-    keep: Callable[[int, dict[str, Tensor]], None], report: Callable[[str], None],
+    keep: Callable[[int, dict[str, Tensor], float], None], report: Callable[[str], None],
+    done: int = 0, read: Callable[[str], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Search layer after layer of a model whose parameters are on meta; windows int64 [samples, length].
 
-    keep(index, tensors) is given each layer's `quantizer_state`, on the CPU, when it is done; report(text) a line per choice.
+    keep(index, tensors, √E) is given each layer's `quantizer_state`, on the CPU, when it is done; report(text) a line per choice.
+    The first `done` layers are not searched: read(name) gives what `keep` was given, by the layer's name and the tensor's.
+    Raises BadInput for weights that are not finite, RunFailed for such outputs of a layer.
     """
     prefix, layers = decoder_layers(model)
     quantize_operands(model)
     hidden, kwargs = first_inputs(model, folder, windows, device, dtype)
     for index, layer in enumerate(layers):
-        fill(model, folder, device, dtype, f"{prefix}.{index}.")
-        block = Block(layer, hidden, kwargs[index], device, report)
-        block.search(what)
-        report(f"layer {index}: error {block.error() ** 0.5:.4f}")
-        keep(index, {name: tensor.cpu() for name, tensor in quantizer_state(layer).items()})
+        name = f"{prefix}.{index}"
+        fill(model, folder, device, dtype, f"{name}.")
+        for inner, parameter in layer.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise BadInput(f"{folder.path}, {name}.{inner}", "infinities or NaN", "finite weights")
+        if index < done:
+            prepare_layer(layer, what.precision, what.smoothing)
+            load_quantizer_state(layer, {inner: read(f"{name}.{inner}") for inner in quantizer_state(layer)})
+        else:
+            block = Block(layer, hidden, kwargs[index], device, report)
+            if not bool(block.wanted.isfinite().all()):
+                raise RunFailed(name, "activations that are not finite", "finite ones", "Check the model's weights and the calibration text.")
+            block.search(what)
+            error = block.error() ** 0.5
+            report(f"layer {index}: error {error:.4f}")
+            keep(index, {inner: tensor.cpu() for inner, tensor in quantizer_state(layer).items()}, error)
         for i, part in enumerate(hidden):
             hidden[i] = run_layer(layer, part.to(device), kwargs[index]).cpu()
         release(layer)

@@ -7,6 +7,7 @@ from torch import nn
 from qzo.errors import BadInput
 from qzo.model.qat import LWC, FakeQuantLinear, Precision, load_quantizer_state, prepare_layer, quantize_operands, quantizer_state, refresh_layer
 from qzo.model.smoothing import Channels, Site
+from qzo_kernels.ops_qat import LatentNoise
 from qzo_kernels.reference_qat import clipped_grid, fake_quantize, fake_quantize_rows
 
 
@@ -106,3 +107,47 @@ def test_attention_quantizes_its_operands_in_both_forwards(family):
     for given in model.get_decoder()(ids, use_cache=False)[0], decode(model, ids):
         change = float((given - theirs).norm() / theirs.norm())
         assert change > 0.02 and float((ours - theirs).norm() / theirs.norm()) < 0.2 * change
+
+
+def noisy(layer: FakeQuantLinear, *signs: float) -> LatentNoise:
+    states = torch.tensor([[3, 5, 0]] * len(signs))
+    return LatentNoise(states, 0.4 * torch.tensor(signs), 77, layer.step * layer.after.scale()[:, None], 1 / layer.before.scale(), False)
+
+
+def test_stacked_variants_equal_separate_ones():
+    layer = linear(Precision(4, 8, 8))
+    x = torch.randn(3, 5, 24)
+    stored = [p.clone() for p in (*layer.parameters(), layer.step, layer.zero, layer.offset)]
+    layer.noise = noisy(layer, 1, -1)
+    both = layer(x.repeat(2, 1, 1)).chunk(2)
+    for part, sign in zip(both, (1, -1), strict=True):
+        layer.noise = noisy(layer, sign)
+        assert torch.equal(layer(x), part)
+    layer.noise = None
+    assert not torch.equal(both[0], both[1]) and not torch.equal(both[0], layer(x))
+    assert all(torch.equal(a, b) for a, b in zip(stored, (*layer.parameters(), layer.step, layer.zero, layer.offset), strict=True))
+    quiet = layer(x)
+    layer.noise = noisy(layer, 0, -0.0)
+    assert all(torch.equal(part, quiet) for part in layer(x.repeat(2, 1, 1)).chunk(2))
+    layer.noise = noisy(layer, 1, -1)
+    with pytest.raises(ValueError, match="multiple of the 2 variants"):
+        layer(x)
+
+
+def test_a_step_and_a_zero_of_their_own():
+    layer = linear(Precision(4, 8, 8))
+    step, zero, place = layer.step.clone(), layer.zero.clone(), layer.step.data_ptr()
+    layer.factor.data.fill_(1.5)
+    layer.move.data.copy_(torch.linspace(-20, 20, 48).view(16, 3))
+    layer.refresh()
+    assert torch.equal(layer.step, step * 1.5) and torch.equal(layer.zero, (zero + layer.move).round().clamp(0, 15))
+    assert layer.step.data_ptr() == place, "a captured graph reads the grid where it was"
+
+
+def test_the_offset_alone():
+    layer = linear(Precision(4, 8, 8))
+    before = [t.clone() for t in (layer.step, layer.zero, layer.offset)]
+    layer.weight.data[0, 0] += 5.0
+    layer.refresh_offset()
+    assert torch.equal(layer.step, before[0]) and torch.equal(layer.zero, before[1]) and not torch.equal(layer.offset, before[2])
+    assert torch.equal(layer.offset, layer.shifted())

@@ -1,0 +1,143 @@
+"""ZeroQAT (arXiv 2509.00031): perturb and move the latent weights, through a quantizer whose grid the ± pair shares.
+
+    l± = L(Q(W ± ε·unit·u)),   d = (l+ - l-) / 2ε
+    W ← W - Σ_i c_i·unit·u_i                            direction `latent`
+    W ← W - c·unit·r,   r = (q+ - q-) / 2ε              direction `realized`: along the codes that the pair differed in
+
+unit is the step that a weight sees on the grid of the base checkpoint, Δ[n, g]·s_out[n] / s_in[k] (`relative`), or 1; it is constant in
+a run, so that a replay knows no other tensor than W. Latents are fp32: smaller ones lose updates. Through a hard quantizer the
+signal-to-noise of u is 0.02, 0.25, 0.7 at ε = 0.01, 0.1, 0.3 steps, that of r 0.95 (tests/zo/test_hard_quantizer.py).
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from qzo_kernels import ops_qat
+from qzo_kernels.reference_qat import grid_codes
+from torch import Tensor, nn
+
+from qzo.model.qat import FakeQuantLinear
+from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
+from qzo.zo.targets import TensorInfo, layers_under_noise
+
+
+class Units(NamedTuple):
+    """What a latent's update needs beside the journal: its unit, rows fp32 [N, G] times cols fp32 [K], and the grid of the realized difference."""
+
+    group_size: int
+    rows: Tensor | None
+    cols: Tensor | None
+    realized: ops_qat.Realized | None
+
+
+def units_of(layer: FakeQuantLinear, relative: bool, realized_eps: float | None) -> Units:
+    """Of a layer as the base checkpoint has it; realized_eps: ε where the direction is `realized`, else None."""
+    bits, group_size = layer.precision.bits, layer.precision.group_size
+    (s_in, s_out), rows, cols, realized = layer.scales(), None, None, None
+    if relative:
+        rows = layer.step.clone() if s_out is None else layer.step * s_out[:, None]
+        cols = None if s_in is None else s_in.reciprocal()
+    if realized_eps is not None:
+        realized = ops_qat.Realized(layer.step.clone(), layer.zero.clone(), bits, s_in, s_out, realized_eps)
+    return Units(group_size, rows, cols, realized)
+
+
+def move_(weight: Tensor, state: Tensor, coefs: Tensor, uid: int, units: Units, gaussian: bool) -> None:
+    """What `Latent.apply` does to one tensor: weight fp32 [N, K] in place; state int64 [2], coefs fp32 [S, D]."""
+    ops_qat.update_latent_(weight, state, coefs, uid, units.group_size, units.rows, units.cols, gaussian, units.realized)
+
+
+class Latent:
+    """The weights [N, K] of FakeQuantLinears, as fp32 masters. `layers` maps module names to layers; order of the map is order of update.
+
+    `read(name)` gives a parameter as the checkpoint holds it: it becomes the layer's weight, and the layer's grid is made of it. relative:
+    eps and lr in steps; realized: of one direction per step, with `relative` alone. ValueError for no layers, or others.
+    """
+
+    name = "latent"
+    unit = 1.0
+
+    def __init__(
+        self, layers: dict[str, FakeQuantLinear], read: Callable[[str], Tensor], eps: float, lr: float, relative: bool = True,
+        gaussian: bool = False, realized: bool = False,
+    ):  # fmt: skip
+        _check(layers, relative, realized)
+        self.eps, self.lr, self.relative, self.gaussian, self.realized, self._read = eps, lr, relative, gaussian, realized, read
+        self.layers = {tensor_name(f"{name}.weight", self.name): layer for name, layer in layers.items()}
+        check_unique(self.layers)
+        for name, layer in self.layers.items():
+            master = self._base(name, layer)
+            layer.weight = nn.Parameter(master, requires_grad=False)
+            layer.refresh()
+        self._info = [TensorInfo(name, tensor_uid(name), tuple(layer.weight.shape), float("-inf")) for name, layer in self.layers.items()]
+        self.units = {name: units_of(layer, relative, eps if realized else None) for name, layer in self.layers.items()}
+
+    def _base(self, name: str, layer: FakeQuantLinear) -> Tensor:
+        return self._read(name.removesuffix("/latent")).to(layer.weight.device, torch.float32, copy=True).contiguous()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [layer.weight for layer in self.layers.values()]
+
+    def info(self) -> list[TensorInfo]:
+        return self._info
+
+    def settings(self) -> dict[str, Any]:
+        return {"gaussian": self.gaussian, "realized": self.realized}
+
+    def entered(self, variants: Variants) -> AbstractContextManager[None]:
+        eps = variants.signs * self.eps
+        units = self.units.values()
+        noises = (ops_qat.LatentNoise(variants.states, eps, info.uid, u.rows, u.cols, self.gaussian) for info, u in zip(self._info, units, strict=True))
+        return layers_under_noise(self.layers.values(), noises)
+
+    def apply(self, state: Tensor, coefs: Tensor) -> None:
+        for info, layer in zip(self._info, self.layers.values(), strict=True):
+            move_(layer.weight.data, state, coefs, info.uid, self.units[info.name], self.gaussian)
+            layer.refresh_offset()
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: layer.weight.data for name, layer in self.layers.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, layer in self.layers.items():
+            layer.weight.data.copy_(tensors[name])
+            layer.refresh_offset()
+
+    def statistics(self, state: Tensor) -> dict[str, Any]:
+        """On the grid as it is now: the share of codes that are not those of the base's weights, and that at either end of the grid; the root
+        mean square of all that the weights moved, in steps."""
+        count, changed, edge, square = 0, 0, 0, 0.0
+        for name, layer in self.layers.items():
+            bits, size, step, zero = layer.precision.bits, layer.precision.group_size, layer.step, layer.zero
+            now, base = (layer.smoothed(weight) for weight in (layer.weight.data, self._base(name, layer)))
+            codes, old = (grid_codes(weight, step, zero, bits, size) for weight in (now, base))
+            count += codes.numel()
+            changed += int((codes != old).sum())
+            edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
+            steps = step.repeat_interleave(-(-codes.shape[1] // step.shape[1]) if size == -1 else size, 1)[:, : codes.shape[1]]
+            square += float(((now - base) / steps).double().square().sum())
+        return {"weights": count, "changed": changed / count, "saturated": edge / count, "rms_steps": math.sqrt(square / count)}
+
+    def warning(self, coef: float, steps: int) -> str | None:
+        """What is wrong with moving by `coef` (typical size of a recorded coefficient, all directions together) for `steps` more steps.
+
+        A weight lies anywhere between two bounds of codes: moving by a thousandth of a step changes the code of one in a thousand.
+        """
+        if not self.relative:
+            return None
+        most, chance, top = coef * steps, coef * steps**0.5, min((1 << layer.precision.bits) - 1 for layer in self.layers.values())
+        said = f"{steps} steps move a weight by {most:.2g} of a grid step at most and {chance:.2g} by chance"
+        if most < 1e-3:
+            return f"{said}: hardly a code will ever change. Raise lr."
+        return f"{said}, of a grid of {top} steps: codes will pile up at its ends. Lower lr." if chance > top / 4 else None
+
+
+def _check(layers: dict[str, FakeQuantLinear], relative: bool, realized: bool) -> None:
+    given = next((f"{type(v).__name__} {k}" for k, v in layers.items() if not isinstance(v, FakeQuantLinear) or v.low is None), None)
+    if given or not layers:
+        raise ValueError(f"Latent: given {given or 'no layer'}; expected FakeQuantLinears of 2 to 8 bits by name")
+    if realized and not relative:
+        raise ValueError("Latent: given realized without relative; expected both: a realized difference is counted in steps")
