@@ -1,11 +1,13 @@
 """What a run reads before any weight: the model's folder, the data as token ids."""
 
 import sys
+from collections.abc import Sequence
 
 from qzo.data.encode import Encoded, encode_examples
 from qzo.data.generation import encode_questions
 from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task, get_task, load_examples
+from qzo.data.text import Windows, read_windows
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, read_config
@@ -21,7 +23,7 @@ def task_of(recipe: Recipe) -> Task:
 
 def check_objective(objective: str, task: Task) -> None:
     """Raises BadInput for a task on which the objective cannot be measured."""
-    if objective == "accuracy" and (task.generation or task.chat):
+    if objective == "accuracy" and (task.generation or task.chat or task.text):
         raise BadInput("recipe, objective", f"accuracy, with task {task.name}", "a task with choices", "Set objective=loss, or give choices.")
     if objective == "f1" and not task.generation:
         raise BadInput("recipe, objective", f"f1, with task {task.name}", "a task whose answer is generated: squad, or jsonl with a completion",
@@ -72,10 +74,14 @@ def _check_latent(recipe: Recipe, config: LatentConfig | None) -> None:
             raise BadInput("recipe, quantizer", f"{part}, of a model with {why}", f"a part that {recipe.model} has")
 
 
-def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
-    """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
+def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[Sequence[Encoded], Sequence[Example] | Windows, Task]:
+    """Training examples as token ids, evaluation examples (of a text its windows), and the task. Warns about prompts that were cut."""
     task = task_of(recipe)
     check_objective(recipe.objective, task)
+    if task.text:
+        splits = ((recipe.train_split, recipe.train_examples), (recipe.eval_split, recipe.eval_examples))
+        train, validation = (read_windows(recipe.data, split, tokenizer, max_length, count, recipe.streaming) for split, count in splits)
+        return train, validation, task
     train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples, recipe.streaming)
     encode = encode_questions if recipe.objective == "f1" else encode_chats if task.chat else encode_examples
     encoded, truncated = encode(train, tokenizer, max_length)

@@ -101,7 +101,7 @@ def test_words_are_not_booleans(write):
         ("stacked: yes", 'stacked: given "yes", expected true or false'),
         ("stacked: 1", "stacked: given 1, expected true or false"),
         ("noise: normal", 'noise: given "normal", expected one of rademacher, gaussian'),
-        ("method: mezo", 'method: given "mezo", expected one of qzo, quzo, quzo-lora'),
+        ("method: mezo", 'method: given "mezo", expected one of qzo, quzo, quzo-lora, zeroqat'),
         ("choices: [0, 1]", "choices: given [0, 1], expected a list of texts (numbers in quotes) or null"),
         ("choices: great", 'choices: given "great", expected a list of texts (numbers in quotes) or null'),
         ("task: 3", "task: given 3, expected a text that is not empty"),
