@@ -184,6 +184,8 @@ def _weights(shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
             found["codes"] += shapes.code_bytes(linear)
         found["scales"] += 4 * linear.rows * groups
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
+        # Sums of codes, by which rows rounded about a point of their own are multiplied.
+        found["zeros, order"] += 4 * linear.rows * groups * (getattr(quantization, "activations", 16) < 16)
     if shapes.residuals:
         found["residuals"] = sum(2 * linear.rows * linear.cols for linear in shapes.linears)
     if shapes.latents:

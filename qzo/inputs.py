@@ -10,6 +10,7 @@ from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, read_config
 from qzo.model.load import skeleton
+from qzo.model.packed_format import PackedConfig
 from qzo.model.zeroqat_format import LatentConfig, latent_config
 from qzo.recipe import Recipe
 
@@ -45,6 +46,10 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
         if value and config.codebook:
             raise BadInput(f"recipe, {key}", f"{value} with NF4, FP4 or AQLM weights, whose codes name entries of a table", "weights on a uniform grid",
                            f"Leave {key} out, or use a GPTQ, AWQ, compressed-tensors or LLM.int8 model.")  # fmt: skip
+    if isinstance(config, PackedConfig) and (recipe.method == "quzo" or recipe.activations and config.activations < 16):
+        key, value = ("method", "quzo") if recipe.method == "quzo" else ("activations", recipe.activations)
+        raise BadInput(f"recipe, {key}", f"{value} with a packed checkpoint of {config.width}-bit weights and {config.activations}-bit activations",
+                       "method: qzo or quzo-lora, and the activations that the checkpoint itself has", f"Leave {key} out.")  # fmt: skip
     if recipe.activations == "fp8" and config.bits == 8:
         raise BadInput("recipe, activations", "fp8 with a model of 8 bits", "int8, which multiplies such codes as they are", "Set activations=int8.")
     if recipe.activations and config.group_size != -1 and config.group_size % 32:

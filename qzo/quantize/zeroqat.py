@@ -30,6 +30,8 @@ def settings(bits: int | None, group_size: int | None, activations: int | None) 
         raise BadInput("activations", str(activations), ", ".join(map(str, ACTIVATION_BITS)))
     if group_size != -1 and group_size < 1:
         raise BadInput("group_size", str(group_size), "a positive whole number, or -1 for whole rows")
+    if activations < 16 and group_size != -1 and group_size % 32:
+        raise BadInput("group_size", f"{group_size} with activations of {activations} bits", "a multiple of 32, or -1: products are of integers")
     return LatentConfig(bits, group_size, activations=activations, smoothing=activations < 16)
 
 

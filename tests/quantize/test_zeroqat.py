@@ -101,6 +101,7 @@ REFUSED = {
     "no quantization": ({"bits": 16}, "bits: 16 with method zeroqat"),
     "activations": ({"activations": 5}, "activations: 5; expected 4, 6, 8, 16"),
     "group": ({"group_size": 0}, "group_size: 0"),
+    "odd group": ({"group_size": 48, "activations": 8}, "group_size: 48 with activations of 8 bits; expected a multiple of 32"),
     "no text": ({"calibration": None}, "calibration: none; expected text for method zeroqat"),
     "samples": ({"samples": 0}, "at least 1 window"),
     "order": ({"desc_act": True}, "desc_act: true with method zeroqat"),
