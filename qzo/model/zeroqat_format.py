@@ -47,7 +47,7 @@ def latent_config(folder: Folder) -> LatentConfig | None:
     if found is None or found[0].get("quant_method") != METHOD:
         return None
     bits, group_size, activations, smoothing = checked(*found, VERSION)
-    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing)
+    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing, compensation=found[0].get("compensation") is True)
 
 
 def checked(raw: dict, where: str, version: int) -> tuple[int, int, int, bool]:
