@@ -20,12 +20,16 @@ BITS = (2, 3, 4, 6, 8)
 
 @dataclass(frozen=True)
 class LatentConfig(Quantization):
-    """bits of a token's channels, and of q, k, v, beside those of weights; 16: none. smoothing: the layers have sites."""
+    """bits of a token's channels, and of q, k, v, beside those of weights; 16: none. smoothing: the layers have sites.
+
+    compensation, which a reader need not know: the latents are those of quantize/compensate.py.
+    """
 
     sym: bool = False
     version: str = "zeroqat"
     activations: int = 16
     smoothing: bool = False
+    compensation: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -34,7 +38,7 @@ class LatentConfig(Quantization):
     def to_dict(self) -> dict[str, Any]:
         """config.json's quantization_config."""
         return {"quant_method": METHOD, "version": VERSION, "bits": self.bits, "group_size": self.group_size,
-                "activations": self.activations, "smoothing": self.smoothing}  # fmt: skip
+                "activations": self.activations, "smoothing": self.smoothing, "compensation": self.compensation}  # fmt: skip
 
 
 def latent_config(folder: Folder) -> LatentConfig | None:
@@ -43,7 +47,7 @@ def latent_config(folder: Folder) -> LatentConfig | None:
     if found is None or found[0].get("quant_method") != METHOD:
         return None
     bits, group_size, activations, smoothing = checked(*found, VERSION)
-    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing)
+    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing, compensation=found[0].get("compensation") is True)
 
 
 def checked(raw: dict, where: str, version: int) -> tuple[int, int, int, bool]:
