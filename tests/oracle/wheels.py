@@ -8,7 +8,12 @@ from tiny_scripts import script
 libraries = script("bench_libraries")
 
 
+def root(config: pytest.Config, factory: pytest.TempPathFactory) -> Path:
+    """The folder that they are installed into."""
+    cache = getattr(config, "cache", None)
+    return Path(cache.mkdir("packages")) if cache else factory.mktemp("packages")
+
+
 def install(config: pytest.Config, factory: pytest.TempPathFactory, name: str) -> Path:
     """The folder of libraries.PACKAGES[name]."""
-    cache = getattr(config, "cache", None)
-    return libraries.install(Path(cache.mkdir(name)).parent if cache else factory.mktemp("packages"), name)
+    return libraries.install(root(config, factory), name)
