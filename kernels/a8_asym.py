@@ -157,7 +157,9 @@ def _geometry(cols: int) -> tuple[int, dict[str, int]]:
     """(rows of a program, constants of the launch): narrow rows share a program, a wide one is held in one or two pieces."""
     held, tail = widths(cols) if cols > TILE else (max(16, triton.next_power_of_2(cols)), 0)
     height, chunks = max(1, _TILE // held), 1 if tail else triton.cdiv(cols, held)
-    return height, {"ROWS": height, "WIDTH": held, "TAIL": tail, "CHUNKS": chunks, "num_warps": min(8, height * held // 512)}
+    # 16 bytes of 16-bit numbers per thread and load, also of the second piece.
+    warps = min(8, height * held // 512, height * (tail or held) // 256)
+    return height, {"ROWS": height, "WIDTH": held, "TAIL": tail, "CHUNKS": chunks, "num_warps": warps}
 
 
 def launch_fake_quantize_rows(x: Tensor, bits: int, span: Tensor | None) -> Tensor:

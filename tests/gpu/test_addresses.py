@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from qzo_kernels import ops, reference
+from qzo_kernels import ops, ops_asym, reference, reference_qat
 from qzo_kernels.pack import tile_codes, tiled_words
 
 pytestmark = pytest.mark.gpu
@@ -56,3 +56,9 @@ def test_perturb_and_update():
     del seen
     ops.update_(values, torch.tensor([5, 6], device="cuda"), torch.tensor([[0.25]], device="cuda"), uid, 0.0, True, False)
     assert torch.equal(values[-LAST:], 1 - 0.25 * z)
+
+
+def test_fake_quantize_rows():
+    x = torch.randn(70_000, 32_768, device="cuda", dtype=torch.bfloat16)
+    seen = ops_asym.fake_quantize_rows(x, 4)
+    assert torch.equal(seen[-LAST:], reference_qat.fake_quantize_rows(x[-LAST:], 4))
