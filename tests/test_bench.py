@@ -228,7 +228,7 @@ def test_verdicts_of_steps():
     rows = [{"size": "1x64", "what": what, "ms": ms, "peak_gb": 7.9} for what, ms in (
         ("ours, stacked", 44.0), ("ours, separate", 50.0), ("two forwards", 88.0), ("MeZO", 352.0), ("MeZO, fused additions", 220.0))]  # fmt: skip
     rows += [{"size": "16x64", "what": "ours, stacked", "reason": "out of memory"}, {"size": "16x64", "what": "two forwards", "ms": 1.0}]
-    small, large = step.verdicts(rows)
+    small, large = step.verdicts(rows, quzo=False)
     assert small == {"size": "1x64", "ours": "stacked", "ms": 44.0, "of two forwards": "0.5 ok", "faster than MeZO": "8 < 9",
                      "faster than MeZO, fused additions": "5", "peak GB": "7.9 ok"}  # fmt: skip
     assert large == {"size": "16x64", "ours": "did not run"}
@@ -275,8 +275,8 @@ def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command + more)
     two_rounds("bench_step", monkeypatch).main()
     document = json.loads(out.read_text())
-    eager = ["eager QuZO"] if "--quzo" in more else []
-    assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", "two forwards", "MeZO", "MeZO, fused additions", *eager]
+    eager, plain = (["eager QuZO"], ["ours, stacked, plain rounding"]) if "--quzo" in more else ([], [])
+    assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", *plain, "two forwards", "MeZO", "MeZO, fused additions", *eager]
     assert all(0 < row["p20"] <= row["ms"] <= row["p80"] for row in document["rows"])
     bus = [row["bus_gb"] for row in document["rows"] if "bus_gb" in row]
     assert document["offload"] == ("--offload" in more) == bool(bus) and (not bus or 0 < bus[1] == 2 * bus[0])
