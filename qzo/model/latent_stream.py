@@ -118,7 +118,7 @@ class LatentStream(LayerStream):
         return self._change is None or all(self._due)
 
     def _at_rest(self) -> bool:
-        return super()._at_rest() and self._all_due() and self._leaving == [None, None]
+        return super()._at_rest() and self._all_due()
 
     def _forget(self) -> None:
         super()._forget()
