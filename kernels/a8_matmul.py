@@ -47,10 +47,18 @@ def _correction(p_zeros, p_sums, n, m, group, wanted, end, groups, stride_zn, st
 
 
 @triton.jit
+def rank_one(p_shift, p_wsum, m, end, variant, held, N):
+    """f32 [n, m]: what rows of x rounded about a point of their own add, that point times the sum of the weight's row."""
+    shift = tl.load(p_shift + m, mask=m < end, other=0)
+    return tl.load(p_wsum + variant.to(tl.int64) * N + held)[:, None] * shift[None, :]
+
+
+@triton.jit
 def _a8_kernel(
-    d_x, d_w, d_u, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, p_eps, rows, variants, N, K, groups, stride_zn, stride_zg,
+    d_x, d_w, d_u, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, p_eps, p_shift, p_wsum, rows, variants, N, K, groups, stride_zn, stride_zg,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ORDER: tl.constexpr,
     OUT: tl.constexpr, ASYM: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, NOISE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     wide = tl.cdiv(rows, COLUMNS)
     down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
@@ -82,6 +90,8 @@ def _a8_kernel(
     if WHOLE:
         y *= tl.load(p_scale)[:, None]
     y *= tl.load(p_x_scale + m, mask=m < end, other=0)[None, :]
+    if SHIFT:
+        y += rank_one(p_shift, p_wsum, m, end, variant, tl.minimum(n, N - 1), N)
     if BIAS:
         y += tl.load(p_bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
     mask = (n < N)[:, None] & (m < end)[None, :]
@@ -108,7 +118,7 @@ def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def launch_a8_matmul(
     xq: Tensor, x_scale: Tensor, wq: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype,
     bias: Tensor | None = None, zeros: Tensor | None = None, sums: Tensor | None = None, tile: Tile | None = None,
-    noise: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None,
+    noise: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None, shift: Tensor | None = None, wsum: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`reference_a8.a8_matmul` on its device, into `out` if given, `sums` those of `group_sums`; arguments as checked by ops_a8.py.
 
@@ -128,11 +138,11 @@ def launch_a8_matmul(
     d_u = None if u is None else _described(u, tile.rows, step)
     with torch.cuda.device_of(xq):
         _a8_kernel[grid](
-            _described(xq, tile.columns, step), _described(wq, tile.rows, step), d_u, y, x_scale, scales, bias, zeros, sums, eps,
+            _described(xq, tile.columns, step), _described(wq, tile.rows, step), d_u, y, x_scale, scales, bias, zeros, sums, eps, shift, wsum,
             rows, variants, n, depth, scales.shape[2], *((0, 0) if zeros is None else zeros.stride()),
             GROUP=1 << 30 if one else group_size, ROWS=tile.rows, COLUMNS=tile.columns,
             DEPTH=step, STAGES=stages, ORDER=tile.order, OUT=tl.int32 if xq.dtype == torch.int8 else tl.float32,
             ASYM=zeros is not None, WHOLE=one and xq.dtype == torch.int8 and noise is None, BIAS=bias is not None,
-            NOISE=noise is not None, num_warps=tile.warps,
+            NOISE=noise is not None, SHIFT=shift is not None, num_warps=tile.warps,
         )  # fmt: skip
     return y

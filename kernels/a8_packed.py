@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qzo_kernels.a8_matmul import place
+from qzo_kernels.a8_matmul import place, rank_one
 from qzo_kernels.a8_rows import launch_group_sums
 from qzo_kernels.pack import TILE
 from qzo_kernels.perturb import launch_perturb
+from qzo_kernels.reference_a8 import row_sums
 
 _FACTOR = {(False, 4): 0.0625, (False, 8): 1.0, (True, 4): 512.0, (True, 8): 1.0}  # by (fp8, bits): over what the product is of
 # Each asm makes four neighbouring elements, the bytes of one register, of one word given four times over.
@@ -110,8 +111,8 @@ def _add(
 
 @triton.jit
 def _store(
-    acc, p_y, p_x_scale, p_bias, scale, p_zeros, p_sums, n, N, held, row, end, groups, stride_zn, stride_zg, factor,
-    BITS: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr,
+    acc, p_y, p_x_scale, p_bias, p_shift, p_wsum, scale, p_zeros, p_sums, n, N, held, row, end, variant, groups, stride_zn, stride_zg, factor,
+    BITS: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     m = row + tl.arange(0, COLUMNS)
     if WHOLE:
@@ -121,6 +122,8 @@ def _store(
     else:
         y = acc
     y *= (tl.load(p_x_scale + m, mask=m < end, other=0) * factor)[None, :]
+    if SHIFT:
+        y += rank_one(p_shift, p_wsum, m, end, variant, held, N)
     if BIAS:
         y += tl.load(p_bias + held).to(tl.float32)[:, None]
     mask = (n < N)[:, None] & (m < end)[None, :]
@@ -129,11 +132,11 @@ def _store(
 
 @triton.jit
 def _packed_kernel(
-    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums,
+    d_x, d_w, p_y, p_x_scale, p_scales, p_bias, p_zeros, p_sums, p_shift, p_wsum,
     rows, variants, N, K, groups, stride_zn, stride_zg, factor,
     BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, ORDER: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     wide = tl.cdiv(rows, COLUMNS * PARTS)
     down, along = place(tl.program_id(0), tl.cdiv(N, ROWS), wide * variants, ORDER)
@@ -159,13 +162,13 @@ def _packed_kernel(
                 BITS, GROUP, WHOLE, COLUMNS, ASYM, FP8,
             )  # fmt: skip
     _store(
-        a, p_y, p_x_scale, p_bias, scale, p_zeros, p_sums, n, N, held, row, end, groups, stride_zn, stride_zg, factor,
-        BITS, WHOLE, COLUMNS, ASYM, BIAS, FP8,
+        a, p_y, p_x_scale, p_bias, p_shift, p_wsum, scale, p_zeros, p_sums, n, N, held, row, end, variant, groups, stride_zn, stride_zg, factor,
+        BITS, WHOLE, COLUMNS, ASYM, BIAS, FP8, SHIFT,
     )  # fmt: skip
     if PARTS == 2:
         _store(
-            b, p_y, p_x_scale, p_bias, scale, p_zeros, p_sums, n, N, held, row + COLUMNS, end, groups, stride_zn, stride_zg, factor,
-            BITS, WHOLE, COLUMNS, ASYM, BIAS, FP8,
+            b, p_y, p_x_scale, p_bias, p_shift, p_wsum, scale, p_zeros, p_sums, n, N, held, row + COLUMNS, end, variant,
+            groups, stride_zn, stride_zg, factor, BITS, WHOLE, COLUMNS, ASYM, BIAS, FP8, SHIFT,
         )  # fmt: skip
 
 
@@ -198,10 +201,12 @@ def choose_tile(rows: int, n: int, variants: int) -> Tile:
 def launch_a8_packed(
     xq: Tensor, x_scale: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, cols: int,
     dtype: torch.dtype, bias: Tensor | None = None, noise=None, tile: Tile | None = None,
+    shift: Tensor | None = None, csum: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] of xq [M, whole blocks] and x_scale [M] from launch_quantize_rows(…, order=bits): `ops_a8.quant_matmul_a8`'s product.
 
     codes, scales f32 [N, G], zeros and `noise` as there, group_size a multiple of 128 or at least `cols`; ValueError for others.
+    With shift f32 [M] of asymmetric rows, csum int32 [N, G] is `reference_a8.code_sums`.
     """
     if group_size < cols and group_size % TILE:
         raise ValueError(f"group_size = {group_size}: packed codes meet 8-bit rows in groups of multiples of {TILE}, or whole rows")
@@ -214,6 +219,7 @@ def launch_a8_packed(
     if noise is not None:
         # Signs made in the kernel would take the registers of its third program on a multiprocessor.
         scales = launch_perturb(scales, *noise)
+    wsum = None if shift is None else row_sums(scales, csum)
     # A group of whole rows spans the padding too, which is 0.
     sums = None if zeros is None else launch_group_sums(xq, group_size if group_size < cols else xq.shape[1])
     tile = tile or choose_tile(rows, n, variants)
@@ -222,10 +228,10 @@ def launch_a8_packed(
     with torch.cuda.device_of(xq):
         _packed_kernel[grid](
             TensorDescriptor.from_tensor(xq, [tile.columns, TILE]), TensorDescriptor.from_tensor(codes, [tall, 4 * bits]),
-            y, x_scale, scales, bias, zeros, sums,
+            y, x_scale, scales, bias, zeros, sums, shift, wsum,
             rows, variants, n, cols, groups, *((0, 0) if zeros is None else zeros.stride()), _FACTOR[fp8, bits],
             BITS=bits, GROUP=min(group_size, 1 << 30), WHOLE=group_size >= cols and not fp8, ROWS=tall, COLUMNS=tile.columns,
             PARTS=tile.parts, STAGES=tile.stages, ORDER=tile.order, ASYM=zeros is not None,
-            BIAS=bias is not None, FP8=fp8, ASM=xq.is_cuda, num_warps=tile.warps,
+            BIAS=bias is not None, FP8=fp8, ASM=xq.is_cuda, SHIFT=shift is not None, num_warps=tile.warps,
         )  # fmt: skip
     return y

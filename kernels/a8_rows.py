@@ -37,7 +37,7 @@ def _rounded(v, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _ordered(q, ORDER: tl.constexpr):
+def ordered(q, ORDER: tl.constexpr):
     """[WIDTH] in the order in which the bytes of words of ORDER-bit codes (pack.py) name the columns of each block of 128.
 
     4 bits: nibble 4h + 2p₁ + p₀ of word (v, t) is column 64p₁ + 32p₀ + 8v + 2t + h, and comes as byte 2h + p₁ of part p₀;
@@ -53,7 +53,7 @@ def _ordered(q, ORDER: tl.constexpr):
 
 @triton.jit
 def _put(p_q, x, col, width, inverse, broken, LARGEST: tl.constexpr, ORDER: tl.constexpr):
-    tl.store(p_q + col, _ordered(_rounded(tl.where(broken, 0.0, x) * inverse, LARGEST), ORDER), mask=col < width)
+    tl.store(p_q + col, ordered(_rounded(tl.where(broken, 0.0, x) * inverse, LARGEST), ORDER), mask=col < width)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _quantize_kernel(
         _put(p_q, x_tail, tail, width, inverse, broken, LARGEST, ORDER)
 
 
-def _widths(cols: int) -> tuple[int, int]:
+def widths(cols: int) -> tuple[int, int]:
     """Columns that a program holds in one piece, and those of a second piece: powers of two, with little beyond `cols`."""
     whole = min(_WIDTH, max(triton.next_power_of_2(cols), TILE))
     rest = cols - whole // 2
@@ -108,7 +108,7 @@ def launch_quantize_rows(x: Tensor, kind: str, order: int = 0) -> tuple[Tensor, 
     q = torch.empty(rows, width, dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        held, tail = _widths(cols)
+        held, tail = widths(cols)
         with torch.cuda.device_of(x):
             _quantize_kernel[(rows,)](
                 q, scale, x, cols, width, LARGEST=largest, WIDTH=held, TAIL=tail, CHUNKS=1 if tail else triton.cdiv(cols, held), ORDER=order,

@@ -117,7 +117,7 @@ def unpack(
     return out
 
 
-def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums) -> None:
+def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums, shift, wsum) -> None:
     check_float("dtype", dtype)
     _check_kind("xq", xq.dtype, xq.device)
     for name, tensor, dims in (("xq", xq, 2), ("wq", wq, 2), ("scales", scales, 3)):
@@ -140,34 +140,40 @@ def _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums
             raise ValueError(f"zeros: given with xq of {xq.dtype}; they correct int8 products of 8-bit codes only")
     if xsums is not None:
         require("xsums", xsums, torch.int32, (rows, groups), xq)
+    if (shift is None) != (wsum is None):
+        raise ValueError(f"{'shift' if shift is None else 'wsum'}: None; expected a tensor, as the other one of the two is given")
+    if shift is not None:
+        require("shift", shift, torch.float32, (rows,), xq)
+        require("wsum", wsum, torch.float32, (variants, n), xq)
 
 
 @torch.library.custom_op("qzo::a8_matmul", mutates_args=())
 def a8_matmul(
     xq: Tensor, x_scale: Tensor, wq: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype,
     bias: Tensor | None = None, zeros: Tensor | None = None, xsums: Tensor | None = None,
+    shift: Tensor | None = None, wsum: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] of `dtype`: see `reference_a8.a8_matmul`. xsums int32 [M, G]: the sums of xq over the groups, if at hand.
 
     group_size: a multiple of 32, or K and up. ValueError names what does not fit.
     """
-    _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums)
-    return reference_a8.a8_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros)
+    _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums, shift, wsum)
+    return reference_a8.a8_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, shift, wsum)
 
 
 @a8_matmul.register_kernel("cuda")
-def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=None):
-    _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums)
+def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=None, shift=None, wsum=None):
+    _check_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums, shift, wsum)
     from qzo_kernels.a8_matmul import launch_a8_matmul
     from qzo_kernels.a8_rows import launch_group_sums
 
     if zeros is not None and xsums is None:
         xsums = launch_group_sums(xq, group_size)
-    return launch_a8_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums)
+    return launch_a8_matmul(xq, x_scale, wq, scales, group_size, dtype, bias, zeros, xsums, shift=shift, wsum=wsum)
 
 
 @a8_matmul.register_fake
-def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=None):
+def _(xq, x_scale, wq, scales, group_size, dtype, bias=None, zeros=None, xsums=None, shift=None, wsum=None):
     return xq.new_empty(len(xq), len(wq), dtype=dtype)
 
 

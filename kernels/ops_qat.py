@@ -58,6 +58,15 @@ def _effective_weight(
     return reference.effective_weight(weight, step, zero, bits, group_size, dtype, s_in, s_out, noise)
 
 
+@_effective_weight.register_kernel("cuda")
+def _(weight, step, zero, s_in, s_out, states, eps, rows, cols, bits, group_size, dtype, uid, gaussian):
+    _check_effective(weight, step, zero, s_in, s_out, states, eps, rows, cols, bits, group_size, dtype, uid, gaussian)
+    from qzo_kernels.qat import launch_effective_weight
+
+    noise = None if states is None else LatentNoise(states, eps, uid, rows, cols, gaussian)
+    return launch_effective_weight(weight, step, zero, bits, group_size, dtype, s_in, s_out, noise)
+
+
 @_effective_weight.register_fake
 def _(weight, step, zero, s_in, s_out, states, eps, rows, cols, bits, group_size, dtype, uid, gaussian):
     return weight.new_empty(1 if eps is None else eps.shape[0], *weight.shape, dtype=dtype)
@@ -89,6 +98,15 @@ def _update_latent_(
     _check_latent(weight, state, coefs, step, zero, s_in, s_out, rows, cols, uid, group_size, gaussian, bits, eps)
     realized = None if step is None else Realized(step, zero, bits, s_in, s_out, eps)
     reference.update_latent_(weight, state, coefs, uid, group_size, rows, cols, gaussian, realized)
+
+
+@_update_latent_.register_kernel("cuda")
+def _(weight, state, coefs, step, zero, s_in, s_out, rows, cols, uid, group_size, gaussian, bits, eps):
+    _check_latent(weight, state, coefs, step, zero, s_in, s_out, rows, cols, uid, group_size, gaussian, bits, eps)
+    from qzo_kernels.qat import launch_update_latent
+
+    realized = None if step is None else Realized(step, zero, bits, s_in, s_out, eps)
+    launch_update_latent(weight, state, coefs, uid, group_size, rows, cols, gaussian, realized)
 
 
 @_update_latent_.register_fake

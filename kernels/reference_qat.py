@@ -79,7 +79,8 @@ def _kept(logits: Tensor) -> Tensor:
 def bounded_grid(least: Tensor, most: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(Δ, z) of the ranges least ≤ 0 ≤ most, of any one shape."""
     top = (1 << bits) - 1
-    step = ((most - least) / top).clamp_(min=FLOOR)
+    # On CUDA a number divides by its reciprocal, a tensor by itself.
+    step = ((most - least) / least.new_full((), top)).clamp_(min=FLOOR)
     return step, (-least / step).round_().clamp_(0, top)
 
 
@@ -103,11 +104,16 @@ def fake_quantize_rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tens
     if bits == 16:
         return x
     wide = x.float()
-    least, most = wide.aminmax(dim=-1, keepdim=True)
+    return rounded(wide, *row_grid(wide, bits, span), bits).to(x.dtype)
+
+
+def row_grid(x: Tensor, bits: int, span: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(Δ, z) fp32 [..., 1] of the rows of x fp32 [..., C], as `fake_quantize_rows` takes them."""
+    least, most = x.aminmax(dim=-1, keepdim=True)
     if span is not None:
         least, most = torch.where(least < 0, least * span, least), torch.where(most > 0, most * span, most)
-    step = ((most - least) / ((1 << bits) - 1)).clamp_(min=FLOOR)
-    return rounded(wide, step, (-least / step).round_(), bits).to(x.dtype)
+    step = ((most - least) / x.new_full((), (1 << bits) - 1)).clamp_(min=FLOOR)
+    return step, (-least / step).round_()
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 Problem = tuple[str, str, str]  # key, given, expected
+QUANTIZER = ("clipping", "step", "zero", "span", "scale", "shift")
 
 
 def conflicts(values: dict[str, Any]) -> list[Problem]:
@@ -22,7 +23,7 @@ def conflicts(values: dict[str, Any]) -> list[Problem]:
         problems.append(("offload", "codes with stacked: false", fix))
     if values.get("streaming") and values.get("train_examples", 1) is None:
         problems.append(("train_examples", "null", "a number, because streaming is true"))
-    problems += _of_quzo(values)
+    problems += _of_quzo(values) + _of_zeroqat(values)
     for key, bound in (("warmup", "steps"), ("micro_batch", "batch_size")):
         if values.get(key) is not None and bound in values and values[key] > values[bound]:
             problems.append((key, show(values[key]), f"at most {bound}, which is {show(values[bound])}"))
@@ -31,7 +32,7 @@ def conflicts(values: dict[str, Any]) -> list[Problem]:
 
 def _of_quzo(values: dict[str, Any]) -> list[Problem]:
     """Where integer codes, or adapters under quantized noise, move."""
-    if values.get("method", "qzo") == "qzo":
+    if values.get("method") not in ("quzo", "quzo-lora"):
         return []
     problems = []
     for key, plain in (("noise", "rademacher"), ("eps_mode", "relative"), ("dense", False)):
@@ -41,6 +42,51 @@ def _of_quzo(values: dict[str, Any]) -> list[Problem]:
         problems.append(("offload", "codes with method: quzo, which writes them", "none or embeddings"))
     if values.get("activations") == "fp8" and values.get("noise_bits", 4) > 5 and values["method"] == "quzo":
         problems.append(("noise_bits", f"{values['noise_bits']} with activations: fp8", "at most 5, whose levels fp8 holds"))
+    return problems
+
+
+def _of_zeroqat(values: dict[str, Any]) -> list[Problem]:
+    """Where latent weights and their quantizer move; and that nowhere else they do."""
+    method, mode = values.get("method", "qzo"), values.get("eps_mode")
+    if method != "zeroqat":
+        plain = (("latent_layers", None), ("direction", "latent"), ("quantizer", []))
+        problems = [(key, f"{show(values[key])} with method: {method}", f"{show(value)}; it is of zeroqat") for key, value in plain
+                    if key in values and values[key] != value]  # fmt: skip
+        return problems + ([("eps_mode", f"relative_step with method: {method}", "relative or absolute")] if mode == "relative_step" else [])
+    problems = [
+        (key, f"{show(values[key])} with method: zeroqat", expected)
+        for key, given, expected in (
+            ("eps_mode", "relative", "relative_step, in steps of the grid, or absolute"), ("dense", True, "false"),
+            ("offload", "codes", "none or embeddings"), ("activations", "int8", "null: the checkpoint says how many bits"),
+            ("activations", "fp8", "null: the checkpoint says how many bits"),
+        )
+        if values.get(key) == given
+    ]  # fmt: skip
+    parts, layers = values.get("quantizer") or [], values.get("latent_layers")
+    if layers == [] and "quantizer" in values and not parts:
+        problems.append(("latent_layers", "[] without quantizer", "null or names of layers, or parts of the quantizer: nothing would move"))
+    if values.get("direction") == "realized":
+        for key, fits, expected in (("eps_mode", mode in (None, "relative_step"), "relative_step"), ("quantizer", not parts, "[]"),
+                                    ("directions", values.get("directions", 1) == 1, "1"), ("latent_layers", layers != [], "layers")):  # fmt: skip
+            if not fits:
+                problems.append((key, f"{show(values[key])} with direction: realized", expected))
+    return problems + (_of_parts(values, parts, layers) if parts else [])
+
+
+def _of_parts(values: dict[str, Any], parts: list[str], layers: list[str] | None) -> list[Problem]:
+    """Where parts of the quantizer move."""
+    problems = []
+    if unknown := [part for part in parts if part not in QUANTIZER]:
+        problems.append(("quantizer", show(unknown[0]), f"some of {', '.join(QUANTIZER)}"))
+    if "quantizer_lr" in values and values["quantizer_lr"] is None:
+        problems.append(("quantizer_lr", "nothing", "a number, because a quantizer moves"))
+    if values.get("stacked"):
+        problems.append(("stacked", "true with a quantizer that moves", "false"))
+    if layers:
+        problems.append(("latent_layers", f"{show(layers)} with a quantizer that moves", "null or []: packed layers have none"))
+    # A zero point is rounded: of less than half a step nothing is seen.
+    if "zero" in parts and values.get("noise") == "rademacher" and values.get("quantizer_eps", 1.0) <= 0.5:
+        problems.append(("quantizer_eps", f"{values['quantizer_eps']} with quantizer: zero", "above 0.5: zero points are whole grid steps"))
     return problems
 
 

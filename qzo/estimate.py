@@ -7,7 +7,7 @@ Compared with measured peaks in tests/test_estimate.py.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,14 @@ from qzo.data.loss import HEAD_POSITIONS
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, format_of, part_of
+from qzo.model.zeroqat_format import LatentConfig
 
 SLACK = "allocator, workspaces"  # the part that is of no tensor
 PHASES = ("load", "step", "evaluate", "snapshot", "export")
 _WORKSPACE = 96 << 20  # cuBLAS, on the streams of eager and of captured work
 _SLACK = 0.01  # of everything: what the allocator rounds up and cannot use again
 _PROBE = 32  # tokens of that sentence, at most
+_PLAIN, _REGRID = 4, 3  # fp32 tensors like a weight: of its noise, product and rounding; of a new grid
 _HOLES = 1.25  # activations of two sizes come and go, and leave holes: measured
 
 
@@ -75,6 +77,9 @@ class Shapes:
     embedded: bool = False  # a batch comes with its rows of embeddings, from host memory
     noisy_codes: bool = False  # forwards go through the scratch, for the noise is on the codes
     residuals: bool = False  # 2 bytes beside each code
+    latents: tuple[Linear, ...] = ()  # FakeQuantLinears, which are not among `linears`
+    latent_bytes: int = 4  # of a latent weight: 4 where they move, else as the folder has them
+    regrid: bool = False  # their grids are made anew in every forward
 
     def host_codes(self) -> Counter[int]:
         """Bytes of codes in host memory by decoder layer."""
@@ -82,7 +87,8 @@ class Shapes:
         return sum((Counter({linear.layer: self.code_bytes(linear)}) for linear in inside), Counter())
 
     def code_bytes(self, linear: Linear) -> int:
-        return 4 * linear.rows * tiled_words(linear.cols, self.quantization.bits)
+        bits = self.quantization.bits
+        return 4 * linear.rows * tiled_words(linear.cols, 8 if bits == 6 else bits)
 
     @classmethod
     def of(cls, folder: Folder, quantization: Quantization) -> "Shapes":
@@ -102,6 +108,26 @@ class Shapes:
         # With the defaults of what config.json leaves out.
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
         return cls(tuple(linears), others, quantization, config)
+
+    @classmethod
+    def of_latent(cls, folder: Folder, config: LatentConfig, moving: Collection[str] | None, regrid: bool) -> "Shapes":
+        """Of a latent checkpoint in which weights of the last names `moving` move (None: all; none: no weight), and the others are packed."""
+        from transformers import AutoConfig
+
+        names = {name.removesuffix(".low") for name in folder.tensors if name.endswith(".low")}
+        own = {f"{name}.{key}" for name in names for key in ("weight", "low", "high", "factor", "move")}
+        others = {name: torch.Size(folder.shape(name)).numel() for name in folder.tensors if name not in own}
+        packed, latents = [], []
+        for name in sorted(names):
+            inside = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+            linear = Linear(*folder.shape(f"{name}.weight"), int(inside[1]) if inside else None)
+            (packed if moving and name.rpartition(".")[2] not in moving else latents).append(linear)
+        if not latents:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise BadInput("latent_layers", ", ".join(moving or ()) or "none", f"some of {known or 'the Linears, of which the folder has none'}")
+        stored = 2 if moving is not None and not moving else 4
+        document = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
+        return cls(tuple(packed), others, config, document, latents=tuple(latents), latent_bytes=stored, regrid=regrid)
 
     @property
     def hidden(self) -> int:
@@ -160,6 +186,11 @@ def _weights(shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
     if shapes.residuals:
         found["residuals"] = sum(2 * linear.rows * linear.cols for linear in shapes.linears)
+    if shapes.latents:
+        groups = [linear.rows * -(-linear.cols // quantization.group(linear.cols)) for linear in shapes.latents]
+        found["latents"] = shapes.latent_bytes * sum(linear.rows * linear.cols for linear in shapes.latents)
+        # Bounds, factor, move, step, zero and unit; the offset.
+        found["grids"] = 4 * (7 * sum(groups) + sum(linear.rows for linear in shapes.latents))
     return found | {"embeddings, norms, head": sum(shapes.others.values()) * dtype.itemsize}
 
 
@@ -171,9 +202,11 @@ def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dic
     cache = 2 * keys * shapes.config["num_hidden_layers"] * work.rows * work.cached
     embedded = shapes.embedded * hidden * work.tokens * (1 + work.variants)  # as they come, and for every variant
     scored = min(work.predictions, max(1, HEAD_POSITIONS // work.variants)) * work.variants
-    widest = max(linear.rows * linear.cols for linear in shapes.linears)
+    widest, latent = (max((linear.rows * linear.cols for linear in linears), default=0) for linears in (shapes.linears, shapes.latents))
+    # One effective weight; in plain PyTorch, and where a grid is made, with intermediate ones in fp32.
+    of_latents = latent * (size + 4 * (_PLAIN if device != "cuda" else _REGRID * shapes.regrid))
     return {
-        "scratch": widest * size * _dequantizes(shapes, work, dtype, device),
+        "scratch": max(widest * size * _dequantizes(shapes, work, dtype, device), of_latents),
         "activations": int(_HOLES * per_token * work.tokens * work.variants + cache + embedded) * size,
         # As the head gives them, in fp32, and the exponentials of the sum.
         "logits": scored * shapes.config["vocab_size"] * (size + 8),

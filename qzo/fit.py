@@ -37,6 +37,13 @@ def _kept(shapes: Shapes, offload: str, device: str) -> Shapes:
     return replace(shapes, others=others, embedded=embedded, streamed=offload == "codes" and device == "cuda")
 
 
+def _shapes(recipe: Recipe, folder: Folder, quantization: Quantization) -> Shapes:
+    if recipe.method == "zeroqat":
+        return Shapes.of_latent(folder, quantization, recipe.latent_layers, bool(recipe.quantizer))
+    quzo = recipe.method == "quzo"
+    return replace(Shapes.of(folder, quantization), noisy_codes=quzo, residuals=quzo and recipe.feedback)
+
+
 class Fit:
     """A recipe against its device, from the shapes in the model's folder, the encoded training examples and the number of evaluated ones.
 
@@ -50,8 +57,7 @@ class Fit:
     ):  # fmt: skip
         self.recipe, self.evaluated, self.generation = recipe, evaluated, generation
         self.one = largest(encoded)
-        quzo = recipe.method == "quzo"
-        self.whole = replace(Shapes.of(folder, quantization), noisy_codes=quzo, residuals=quzo and recipe.feedback)
+        self.whole = _shapes(recipe, folder, quantization)
         self.device: torch.device = pick_device(recipe.device)
         self.dtype = pick_dtype(recipe.dtype, self.device)
         self.shapes = _kept(self.whole, recipe.offload, self.device.type)
@@ -105,7 +111,7 @@ class Fit:
         if self.recipe.offload != "codes" and not self.recipe.dense and self.recipe.method == "qzo":
             yield "offload=codes stacked=true", self.estimate(stacked=True, offload="codes").peak
         bits = self.shapes.quantization.bits
-        if bits > 2 and not self.shapes.streamed:
+        if bits > 2 and not self.shapes.streamed and not self.shapes.latents:
             fewer = max(2, bits // 2 + bits % 2)
             yield f"a model of {fewer} bits", now.peak - now.phases["load"]["codes"] * (bits - fewer) // bits
 

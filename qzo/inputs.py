@@ -10,6 +10,7 @@ from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, read_config
 from qzo.model.load import skeleton
+from qzo.model.zeroqat_format import LatentConfig, latent_config
 from qzo.recipe import Recipe
 
 
@@ -31,6 +32,11 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
     if recipe.stacked and recipe.dense:
         raise BadInput("recipe, stacked", "true together with dense: true", "one of the two", "Set stacked=false.")
     folder = Folder(recipe.model)
+    latent = latent_config(folder)
+    if latent is not None or recipe.method == "zeroqat":
+        _check_latent(recipe, latent)
+        skeleton(folder)
+        return folder, latent
     config = read_config(folder)
     if config is None:
         raise BadInput(recipe.model, "a model that is not quantized", "a GPTQ, AWQ, AQLM, compressed-tensors or bitsandbytes checkpoint",
@@ -45,6 +51,20 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
         raise BadInput("recipe, activations", f"{recipe.activations} with groups of {config.group_size}", "groups of a multiple of 32")
     skeleton(folder)
     return folder, config
+
+
+def _check_latent(recipe: Recipe, config: LatentConfig | None) -> None:
+    """Raises BadInput for a latent checkpoint with another method, for another checkpoint with zeroqat, and for parts of the quantizer it lacks."""
+    if config is None:
+        raise BadInput(recipe.model, "no latent checkpoint, with method: zeroqat", "16-bit weights and their quantizer",
+                       f"Make one: qzo quantize {recipe.model} -o OUT --method zeroqat, of a 16-bit model, then model=OUT.")  # fmt: skip
+    if recipe.method != "zeroqat":
+        raise BadInput(recipe.model, f"a latent checkpoint of ZeroQAT, with method: {recipe.method}", "method: zeroqat",
+                       "Set method=zeroqat, or export it first: qzo export … --format packed.")  # fmt: skip
+    lacking = [("span", config.activations == 16, "activations of 16 bits"), *((part, not config.smoothing, "no smoothing") for part in ("scale", "shift"))]
+    for part, absent, why in lacking:
+        if absent and part in recipe.quantizer:
+            raise BadInput("recipe, quantizer", f"{part}, of a model with {why}", f"a part that {recipe.model} has")
 
 
 def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:

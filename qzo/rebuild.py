@@ -12,17 +12,27 @@ from qzo.errors import BadInput
 from qzo.journal import Record
 from qzo.model.files import Folder
 from qzo.model.formats import format_of, read_config, stored_scales
-from qzo.model.load import LoadedModel, load_model
+from qzo.model.latent import prepared_layers
+from qzo.model.load import LoadedModel, load_model, release, skeleton
+from qzo.model.zeroqat_format import latent_config
 from qzo.recipe import Recipe
 from qzo.run import check_base, is_run, read_run, recipe_of, steps_to
+from qzo.zo.noise import tensor_name
 from qzo.zo.targets import Target
 from qzo.zo.targets.codes import Codes, residual_name
 from qzo.zo.targets.dense import Dense
+from qzo.zo.targets.latent import Latent, Units, move_, units_of
 from qzo.zo.targets.lora import Lora, initial, replay_
+from qzo.zo.targets.quantizer import Quantizer, shift_quantizer_
 from qzo.zo.targets.scales import Scales
 
 REPLAY_CHUNK = 64
 Progress = Callable[[int, int], None]
+
+
+def load_base(recipe: Recipe, device: str, dtype: str) -> LoadedModel:
+    """The model of a recipe, before anything moved. Without weights that move none is packed: the quantizer has them all."""
+    return load_model(recipe.model, device, dtype, recipe.offload, recipe.activations, recipe.latent_layers or None)
 
 
 def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
@@ -32,6 +42,8 @@ def build_targets(recipe: Recipe, loaded: LoadedModel) -> list[Target]:
     if recipe.method == "quzo":
         return [Codes(loaded.layers, recipe.eps, recipe.lr, recipe.noise_bits, recipe.estimator, recipe.feedback)]
     gaussian = recipe.noise == "gaussian"
+    if recipe.method == "zeroqat":
+        return _latents(recipe, loaded, gaussian)
     targets: list[Target] = [Scales(loaded.layers, recipe.eps, recipe.lr, recipe.eps_mode == "relative", gaussian)]
     if recipe.dense:
         targets.append(Dense(loaded.model, loaded.folder.read, recipe.dense_eps, recipe.dense_lr, gaussian))
@@ -47,6 +59,36 @@ def _adapters(recipe: Recipe, loaded: LoadedModel) -> Lora:
         raise BadInput("lora_layers", ", ".join(recipe.lora_layers), f"some of {known}") from error
 
 
+def _latents(recipe: Recipe, loaded: LoadedModel, gaussian: bool) -> list[Target]:
+    """The weights, if any move, before the quantizer: its update makes the grid anew."""
+    targets: list[Target] = []
+    if recipe.latent_layers != []:
+        relative = recipe.eps_mode == "relative_step"
+        targets.append(Latent(loaded.fakes, loaded.folder.read, recipe.eps, recipe.lr, relative, gaussian, recipe.direction == "realized"))
+    if recipe.quantizer:
+        targets.append(Quantizer(loaded.model, recipe.quantizer, recipe.quantizer_eps, recipe.quantizer_lr, gaussian))
+    return targets
+
+
+def units(targets: Sequence[Target]) -> dict[str, Units]:
+    """What a replay of these targets needs of the base model beside their tensors, by tensor."""
+    return {name: value for target in targets if isinstance(target, Latent) for name, value in target.units.items()}
+
+
+def base_units(folder: Folder, header: dict[str, Any], device: torch.device) -> dict[str, Units]:
+    """The same of a run's header: the grids of the base, one decoder layer in memory at a time."""
+    found: dict[str, Units] = {}
+    for group in header["groups"]:
+        if group["name"] != "latent":
+            continue
+        names, realized = {tensor["name"] for tensor in group["tensors"]}, group["eps"] if group["settings"]["realized"] else None
+        for layer, fakes in prepared_layers(skeleton(folder), folder, latent_config(folder), device, torch.float32):
+            inside = {tensor_name(f"{name}.weight", "latent"): fake for name, fake in fakes.items()}
+            found |= {name: units_of(fake, group["relative"], realized) for name, fake in inside.items() if name in names}
+            release(layer)
+    return found
+
+
 def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors that move, as the base model holds them, by name. Reads nothing else of the model."""
     state = {}
@@ -60,7 +102,7 @@ def base_state(folder: Folder, header: dict[str, Any], device: torch.device) -> 
 def _base_values(folder: Folder, group: dict[str, Any], tensor: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """fp32 [rows, cols]."""
     name, _, kind = tensor["name"].rpartition("/")
-    stored = stored_scales(folder, name, read_config(folder)) if kind == "scales" else folder.read(name)[None]
+    stored = stored_scales(folder, name, read_config(folder)) if kind == "scales" else torch.atleast_2d(folder.read(name))
     value = stored.to(device, torch.float32, copy=True).contiguous()  # it will move in place; the folder's own must not
     if list(value.shape) != list(tensor["shape"]):
         raise BadInput(f"{folder.path}, {name}", f"shape {list(value.shape)}", f"{tensor['shape']}, as the journal says")
@@ -81,9 +123,13 @@ def _base_adapters(folder: Folder, group: dict[str, Any], tensor: dict[str, Any]
 
 
 def replay(
-    header: dict[str, Any], records: Sequence[Record], state: dict[str, torch.Tensor], progress: Progress | None = None
-) -> None:
-    """Apply recorded steps to `state` in place, without a forward: the same bits as the run itself (but for Gaussian noise)."""
+    header: dict[str, Any], records: Sequence[Record], state: dict[str, torch.Tensor], known: dict[str, Units],
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Apply recorded steps to `state` in place, without a forward: the same bits as the run itself (but for Gaussian noise).
+
+    known: `units` of the run's targets, or `base_units`.
+    """
     directions = header["directions"]
     for start in range(0, len(records), REPLAY_CHUNK):
         chunk = records[start : start + REPLAY_CHUNK]
@@ -94,13 +140,16 @@ def replay(
             for tensor in group["tensors"]:
                 values = state[tensor["name"]]
                 at = torch.tensor([header["seed"], chunk[0].step], dtype=torch.int64, device=values.device)
-                _apply(group, tensor, state, at, rows.to(values.device))
+                _apply(group, tensor, state, known, at, rows.to(values.device))
         if progress:
             progress(start + len(chunk), len(records))
 
 
-def _apply(group: dict[str, Any], tensor: dict[str, Any], state: dict[str, torch.Tensor], at: torch.Tensor, coefs: torch.Tensor) -> None:
+def _apply(
+    group: dict[str, Any], tensor: dict[str, Any], state: dict[str, torch.Tensor], known: dict[str, Units], at: torch.Tensor, coefs: torch.Tensor
+) -> None:  # fmt: skip
     values, uid, settings = state[tensor["name"]], tensor["uid"], group["settings"]
+    floor = float("-inf") if tensor["floor"] is None else tensor["floor"]
     if group["name"] == "codes":
         residual = state.get(residual_name(tensor["name"]))
         ops_codes.update_codes_(
@@ -108,8 +157,12 @@ def _apply(group: dict[str, Any], tensor: dict[str, Any], state: dict[str, torch
         )
     elif group["name"] == "lora":
         replay_(values, at, coefs, uid, settings["noise_bits"], settings["stream"])
+    elif group["name"] == "latent":
+        move_(values, at, coefs, uid, known[tensor["name"]], settings["gaussian"])
+    elif group["name"] == "quantizer":
+        unit = settings["units"].get(tensor["name"], 1.0)
+        shift_quantizer_(values, at, coefs, uid, tensor["name"], floor, unit, settings["gaussian"])
     else:
-        floor = float("-inf") if tensor["floor"] is None else tensor["floor"]
         ops.update_(values, at, coefs, uid, floor, group["relative"], settings["gaussian"])
 
 
@@ -127,7 +180,7 @@ def tuned_state(
         done = found[0]
         for name, value in state.items():
             value.copy_(found[1][name])
-    replay(header, records[done:steps], state, progress)
+    replay(header, records[done:steps], state, base_units(folder, header, device), progress)
     return steps, state
 
 
@@ -145,7 +198,7 @@ def load_run(
     """The tuned model of a run, its targets and the number of steps applied."""
     header, _ = read_run(path)
     recipe = recipe_of(header, path)
-    loaded = load_model(recipe.model, device, dtype or recipe.dtype, recipe.offload, recipe.activations)
+    loaded = load_base(recipe, device, dtype or recipe.dtype)
     steps, state = tuned_state(path, loaded.folder, loaded.device, to)
     targets = build_targets(recipe, loaded)
     for target in targets:

@@ -61,9 +61,22 @@ class Recipe(BaseModel):
     objective: Literal["loss", "accuracy", "f1"] = Field(
         "loss", description="what a step measures: the loss; minus the accuracy of the choices; minus the F1 of generated answers"
     )
-    method: Literal["qzo", "quzo", "quzo-lora"] = Field("qzo", description="what moves: scales, integer codes (quzo), or adapters (quzo-lora)")
+    method: Literal["qzo", "quzo", "quzo-lora", "zeroqat"] = Field(
+        "qzo", description="what moves: scales, integer codes (quzo), adapters (quzo-lora), or latent weights and their quantizer (zeroqat)"
+    )
     noise: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction z")
-    eps_mode: Literal["relative", "absolute"] = Field("relative", description="s * (1 + eps z), or s + eps z")
+    eps_mode: Literal["relative", "absolute", "relative_step"] = Field(
+        "relative", description="s * (1 + eps z), or s + eps z; zeroqat: w + eps z, in grid steps (relative_step) or absolute"
+    )
+    latent_layers: list[_Text] | None = Field(
+        None, description="last names of the layers whose weights move, all others packed; []: none; null: all (zeroqat)"
+    )
+    direction: Literal["latent", "realized"] = Field(
+        "latent", description="update along the noise, or along the codes in which the signs differed (zeroqat)"
+    )
+    quantizer: list[_Text] = Field([], description="what moves of the quantizer: clipping, step, zero, span, scale, shift (zeroqat)")
+    quantizer_eps: _Positive = Field(0.03, description="perturbation of the quantizer: a share, or in logits, grid steps, mean shifts (zeroqat)")
+    quantizer_lr: _Rate | None = Field(None, description="learning rate of the quantizer (zeroqat)")
     noise_bits: int = Field(4, ge=2, le=8, description="bits of a direction (quzo, quzo-lora)")
     estimator: Literal["rge1", "rge2"] = Field("rge1", description="one rounding of a direction for forward and update, or two (quzo, quzo-lora)")
     feedback: bool = Field(True, description="keep what the rounding of an update leaves over, 2 bytes per weight (quzo)")

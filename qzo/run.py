@@ -120,7 +120,7 @@ def make_header(
     return {
         "base": {"model": recipe.model, "sha256": loaded.folder.sha256()},
         "recipe_name": name, "recipe": recipe.model_dump(),
-        "noise": {"version": NOISE_VERSION, "distribution": recipe.noise if recipe.method == "qzo" else "integer normal",
+        "noise": {"version": NOISE_VERSION, "distribution": recipe.noise if recipe.method in ("qzo", "zeroqat") else "integer normal",
                   "bit_exact": "on one kind of device" if recipe.noise == "gaussian" else "on every device"},
         "data_sha256": data_sha256, "seed": recipe.seed, "directions": recipe.directions, "count": recipe.directions * len(targets),
         "groups": groups, "micro_batch": micro_batch,

@@ -27,9 +27,9 @@ from qzo.inputs import load_data, quantized_folder
 from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Counts, Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
-from qzo.model.load import LoadedModel, load_model, load_tokenizer
+from qzo.model.load import LoadedModel, load_tokenizer
 from qzo.progress import Progress, Steps
-from qzo.rebuild import build_targets, replay
+from qzo.rebuild import build_targets, load_base, replay, units
 from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
 from qzo.run import build_optimizer, changes, check_base, check_data, claim, keep_aside, make_header
@@ -68,7 +68,7 @@ class Tuner:
         self.fit = Fit(recipe, model, quantization, self.train, len(self.validation), self.task.generation, header and header["micro_batch"])
         self.fit.check()
         memory.restrict(self.fit.device, recipe.device_memory)
-        self.loaded: LoadedModel = load_model(recipe.model, recipe.device, recipe.dtype, recipe.offload, recipe.activations)
+        self.loaded: LoadedModel = load_base(recipe, recipe.device, recipe.dtype)
         self.targets = build_targets(recipe, self.loaded)
         self.optimizer = build_optimizer(recipe, self.targets)
         self.plain = is_plain(self.loaded.model, bucket(self.max_length))
@@ -104,7 +104,7 @@ class Tuner:
             done = found[0]
             for name, value in state.items():
                 value.copy_(found[1][name])
-        replay(self.header, journal.records[done:], state)
+        replay(self.header, journal.records[done:], state, units(self.targets))
         for target in self.targets:
             target.load_state(state)
         if journal.records:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from qzo.errors import BadInput
-from qzo.model import aqlm_format, awq_format, bnb4_format, bnb8_format, compressed_format, gptq_format
+from qzo.model import aqlm_format, awq_format, bnb4_format, bnb8_format, compressed_format, gptq_format, packed_format
 from qzo.model.files import Folder
 from qzo.model.uniform import LayerTensors, Moved, Quantization, raw_config
 from qzo.model.zeroqat_format import latent_config
@@ -40,9 +40,9 @@ class Format(Protocol):
 # bitsandbytes has two formats under one quant_method.
 FORMATS: dict[str, Format] = {
     "gptq": gptq_format, "awq": awq_format, "compressed-tensors": compressed_format, "bitsandbytes-8bit": bnb8_format,
-    "bitsandbytes-4bit": bnb4_format, "aqlm": aqlm_format,
+    "bitsandbytes-4bit": bnb4_format, "aqlm": aqlm_format, "qzo_packed": packed_format,
 }  # fmt: skip
-_METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "aqlm")
+_METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "aqlm", "qzo_packed")
 
 
 def read_config(folder: Folder) -> Quantization | None:

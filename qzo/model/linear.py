@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from qzo_kernels import ops, ops_a8, ops_noisy, ops_vectors
+from qzo_kernels import ops, ops_a8, ops_asym, ops_noisy, ops_vectors
 from torch import nn
 
-from qzo.model.uniform import LayerTensors
+from qzo.model.uniform import InputGrid, LayerTensors
 
 
 class Scratch:
@@ -39,6 +39,7 @@ class QuantLinear(nn.Module):
     along dim 0, and part v is multiplied with the weight under variant v of the noise, on the scales or on the codes.
     `activations` "int8" or "fp8": x is rounded to 8 bits per row, and the product is of integers. `adapter`: a function of x (in
     the model's order of channels) whose values are added.
+    With an input grid (LayerTensors) x is shifted, divided and rounded as that says, and `activations` are None.
     Where `codes` stay on the host, `source` gives them on the device of the scales (model/stream.py).
     """
 
@@ -53,6 +54,13 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", tensors.zeros)
         self.register_buffer("perm", tensors.perm)
         self.register_buffer("codebook", tensors.codebook)
+        grid = tensors.grid or InputGrid(16)
+        self.input_bits, sums = grid.bits, None
+        if grid.bits < 16:
+            sums = ops_asym.code_sums(tensors.codes.to(tensors.scales.device), tensors.zeros, bits, group_size, cols)
+        self.register_buffer("sums", sums)  # of which the point about which rows are rounded takes its share
+        for key in ("span", "shift", "divisor"):
+            self.register_buffer(key, getattr(grid, key))
         self.vectors = tensors.codebook is not None and tensors.codebook.dim() == 3
         self.scales = nn.Parameter(tensors.scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -76,11 +84,14 @@ class QuantLinear(nn.Module):
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._product(x if self.perm is None else x.index_select(-1, self.perm))
+        seen = x if self.shift is None else ((x - self.shift) / self.divisor).to(x.dtype)
+        y = self._product(seen if self.perm is None else seen.index_select(-1, self.perm))
         return y if self.adapter is None else y + self.adapter(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
+        if self.input_bits < 16:
+            return self._low_bit(x)
         if self.codebook is not None and (self.activations or isinstance(self.noise, ops_noisy.CodeNoise)):
             raise ValueError(f"{self.name}: codes of a codebook with 8-bit activations or noise on codes; expected noise on the scales")
         if self.vectors:
@@ -93,6 +104,13 @@ class QuantLinear(nn.Module):
         route = ops.route_of(x.flatten(0, -2), self.bits, self.group_size, self.noise, self.codebook)
         scratch = self.scratch.like(x) if route == "dequantize" else None
         return ops.quant_matmul(x, *weight, self.bias, self.noise, scratch, route, self.codebook)
+
+    def _low_bit(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activations or isinstance(self.noise, ops_noisy.CodeNoise):
+            raise ValueError(f"{self.name}: a grid of its own for inputs with 8-bit activations or noise on codes; expected noise on the scales")
+        scratch = None if ops_a8.takes_packed(self.bits, self.group_size, self.in_features) else self.scratch.like(x)
+        weight = (self._codes(), self.scales, self.zeros, self.sums, self.bits, self.group_size)
+        return ops_asym.quant_matmul_asym(x, *weight, self.input_bits, self.span, self.bias, self.noise, scratch)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"

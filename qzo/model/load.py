@@ -1,6 +1,7 @@
 """A model folder in, a transformers model with QuantLinear out; tensor by tensor, never the 16-bit model of a 4-bit one."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.formats import Quantization, format_of, is_quantized, read_config
 from qzo.model.linear import QuantLinear, Scratch
+from qzo.model.packed_format import PackedConfig, prepare_model
 from qzo.model.qat import FakeQuantLinear
 from qzo.model.stream import CodeStream, stream_codes
 from qzo.model.zeroqat_format import LatentConfig, latent_config
@@ -220,22 +222,41 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
     return kept
 
 
+def _check_request(
+    folder: Folder, config: Quantization | None, activations: str | None, latent_layers: Collection[str] | None
+) -> LatentConfig | None:  # fmt: skip
+    """The config of a latent checkpoint. Raises BadInput for what does not go with the folder."""
+    latent = latent_config(folder)
+    if activations and config is not None and config.codebook:
+        raise BadInput("activations", f"{activations} with NF4, FP4 or AQLM weights", "weights on a uniform grid, or activations of 16 bits")
+    own = latent.activations if latent else getattr(config, "activations", 16)
+    if activations and (latent or own < 16):
+        raise BadInput("activations", f"{activations} with a checkpoint that says {own} bits itself", "none", "Leave activations out.")
+    if latent_layers is not None and not latent:
+        raise BadInput("latent_layers", ", ".join(latent_layers) or "none", "a latent checkpoint, of qzo quantize --method zeroqat")
+    return latent
+
+
 def load_model(
-    name: str, device: str = "auto", dtype: str = "auto", offload: str = "none", activations: str | None = None
-) -> LoadedModel:
+    name: str, device: str = "auto", dtype: str = "auto", offload: str = "none", activations: str | None = None,
+    latent_layers: Collection[str] | None = None,
+) -> LoadedModel:  # fmt: skip
     """Load a 16-bit or quantized folder, a hub id or `builtin:NAME` for inference.
 
     Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
     memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.
-    activations: int8 or fp8, the inputs of quantized Linears rounded to 8 bits. Raises BadInput for what cannot be read, by name.
+    activations: int8 or fp8, the inputs of quantized Linears rounded to 8 bits. latent_layers: of a latent checkpoint, the last names of
+    the Linears that stay FakeQuantLinears (None: all); the others are packed into QuantLinears, layer by layer, their smoothing as it is.
+    Raises BadInput for what cannot be read, by name.
     """
     folder = Folder(name)
     config = read_config(folder)
-    if activations and config is not None and config.codebook:
-        raise BadInput("activations", f"{activations} with NF4, FP4 or AQLM weights", "weights on a uniform grid, or activations of 16 bits")
+    latent = _check_request(folder, config, activations, latent_layers)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model, latent, streamed = skeleton(folder), latent_config(folder), offload == "codes" and where.type == "cuda"
+    model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
+    if isinstance(config, PackedConfig):
+        prepare_model(model, folder, config)
     layers = swap_quantized(model, folder, config, where, kind, streamed) if config else {}
     kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
     embedding = _keep_embeddings(model, folder, where, kind) if kept else None
@@ -243,7 +264,7 @@ def load_model(
     if latent:
         from qzo.model.latent import load_latent
 
-        fakes = load_latent(model, folder, latent, where, kind)
+        fakes, layers = load_latent(model, folder, latent, where, kind, latent_layers)
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     for layer in layers.values():

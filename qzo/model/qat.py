@@ -176,9 +176,9 @@ def _written(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 
 class FoldedNorm(nn.Module):
-    """Takes the place of an RMSNorm (of llama, mistral, qwen2, qwen3) or a LayerNorm and holds its tensors."""
+    """Takes the place of an RMSNorm (of llama, mistral, qwen2, qwen3) or a LayerNorm and holds its tensors. Without `after` they are folded already."""
 
-    def __init__(self, norm: nn.Module, after: Channels):
+    def __init__(self, norm: nn.Module, after: Channels | None):
         super().__init__()
         self.centred = isinstance(norm, nn.LayerNorm)
         self.weight, self.bias, self.after = norm.weight, getattr(norm, "bias", None), after
@@ -186,6 +186,8 @@ class FoldedNorm(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """weight w ⊘ s and bias (b - δ) ⊘ s [H], None where there is neither b nor δ, in the dtype of w."""
+        if self.after is None:
+            return self.weight, self.bias
         scale, shift = self.after.scale(), self.after.shift()
         bias = None if self.bias is None else self.bias.float()
         if shift is not None:

@@ -31,13 +31,27 @@ class Quantization:
 
 
 @dataclass
+class InputGrid:
+    """What a Linear of ZeroQAT does to its input before the product: (x - shift) / divisor, where nobody before it does that; then every row
+    on the asymmetric grid of `bits` (4, 6, 8; 16: none) over the part `span` of its range, as qzo_kernels.reference_qat.fake_quantize_rows.
+
+    span fp32 [1]; shift and divisor fp32 [K], both or neither.
+    """
+
+    bits: int
+    span: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    divisor: torch.Tensor | None = None
+
+
+@dataclass
 class LayerTensors:
     """One quantized Linear as qzo keeps it: W[n, k] = scales[n, k // group_size]·(code - zero), columns sorted by group.
 
     codes int32 [N, words] in memory's layout (qzo_kernels.pack); scales fp32 [N, G]; zeros uint8 [N, G]
     or None (2**(bits - 1) everywhere); perm int64 [K] or None: sorted column p holds input channel perm[p].
     With codebook fp32 [2**bits] it is W[n, k] = scales[n, k // group_size]·codebook[code], and zeros are None. With a codebook of
-    vectors [C, S, 8] codes are as qzo_kernels.reference_vectors has them, and scales are of rows.
+    vectors [C, S, 8] codes are as qzo_kernels.reference_vectors has them, and scales are of rows. grid: what the input is rounded to.
     """
 
     codes: torch.Tensor
@@ -45,6 +59,7 @@ class LayerTensors:
     zeros: torch.Tensor | None
     perm: torch.Tensor | None
     codebook: torch.Tensor | None = None
+    grid: InputGrid | None = None
 
 
 @dataclass

@@ -42,17 +42,19 @@ def latent_config(folder: Folder) -> LatentConfig | None:
     found = raw_config(folder)
     if found is None or found[0].get("quant_method") != METHOD:
         return None
-    return LatentConfig(**checked(*found, VERSION))
+    raw, where = found
+    bits, group_size, activations = checked(raw, where, VERSION)
+    if type(raw.get("smoothing")) is not bool:
+        raise BadInput(where, f"smoothing {raw.get('smoothing')!r}", "true or false")
+    return LatentConfig(bits, group_size, activations=activations, smoothing=raw["smoothing"])
 
 
-def checked(raw: dict, where: str, version: int) -> dict[str, Any]:
-    """bits, group_size, activations and smoothing of a quantization_config of this project's own formats. Raises BadInput, by name."""
+def checked(raw: dict, where: str, version: int) -> tuple[int, int, int]:
+    """bits, group_size and activations of a quantization_config of this project's own formats. Raises BadInput, by name."""
     if type(raw.get("version")) is not int or raw["version"] != version:
         raise BadInput(where, f"version {raw.get('version')!r} of {raw.get('quant_method')}", f"version {version}", "It may need another qzo.")
     check_bits(where, raw.get("bits"), BITS, "2, 3, 4, 6 or 8")
     check_group_size(where, raw.get("group_size"))
     if type(raw.get("activations")) is not int or raw["activations"] not in ACTIVATION_BITS:
         raise BadInput(where, f"activations {raw.get('activations')!r}", "4, 6, 8 or 16")
-    if type(raw.get("smoothing")) is not bool:
-        raise BadInput(where, f"smoothing {raw.get('smoothing')!r}", "true or false")
-    return {key: raw[key] for key in ("bits", "group_size", "activations", "smoothing")}
+    return raw["bits"], raw["group_size"], raw["activations"]

@@ -1,0 +1,111 @@
+"""Packed Linears against the fake-quantized ones that they are made of: the codes exactly, the logits in a tolerance."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import calibration  # noqa: F401
+
+from qzo.errors import BadInput
+from qzo.model.linear import QuantLinear
+from qzo.model.load import LoadedModel, load_model
+from qzo.model.packing import packed
+from qzo.model.qat import FakeQuantLinear
+from qzo.quantize import quantize_model
+
+# family, bits, group_size, activations: grouped queries, a LayerNorm with biases, q_norm and k_norm
+CASES = [("llama", 4, -1, 4), ("qwen3", 4, -1, 8), ("opt", 6, -1, 6), ("opt", 4, 32, 4), ("qwen2", 2, 32, 16), ("opt", 3, 64, 16), ("llama", 8, 32, 8)]
+IDS = torch.arange(0, 240, 4)[None]
+
+
+@pytest.fixture(scope="session")
+def latent(tiny, calibration, tmp_path_factory) -> Callable[..., Path]:  # noqa: F811
+    """(family, bits, group_size, activations) -> a latent checkpoint whose smoothing, clipping and grids are all in use. Not to be written to."""
+    made: dict[tuple, Path] = {}
+
+    def make(*case) -> Path:
+        if case not in made:
+            made[case] = tmp_path_factory.mktemp("latent") / "model"
+            family, bits, size, activations = case
+            quantize_model(str(tiny(family)), made[case], "zeroqat", bits, size, activations=activations, calibration=calibration, samples=12,
+                           max_length=32, device="cpu")  # fmt: skip
+            stir(made[case])
+        return made[case]
+
+    return make
+
+
+def stir(folder: Path) -> None:
+    """Move every tensor of the quantizer a little off what a search gives."""
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(name: str, value: torch.Tensor) -> torch.Tensor:
+        noise, kind = torch.rand(value.shape, generator=generator), name.rpartition(".")[2]
+        if kind in ("factor", "scale"):
+            return value * (0.9 + 0.2 * noise)
+        if kind == "span":
+            return torch.full_like(value, 0.9)  # the Linears of one input share it
+        return value + noise * {"low": 0.5, "high": 0.5, "move": 0.8, "shift": 0.1}.get(kind, 0)
+
+    tensors = {name: moved(name, value) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@torch.no_grad()
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    return loaded.model(IDS, use_cache=False).logits.float()
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_packed_at_load(latent, case):
+    fake, light = load_model(str(latent(*case)), "cpu", "fp32"), load_model(str(latent(*case)), "cpu", "fp32", latent_layers=[])
+    assert not light.fakes and list(light.layers) == list(fake.fakes)
+    assert not any(isinstance(module, FakeQuantLinear) for module in light.model.modules())
+    for name, layer in light.layers.items():
+        expected, found = packed(fake.fakes[name]).parts(), packed(layer).parts()
+        assert expected.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
+        assert torch.equal(layer.weight(torch.float32), fake.fakes[name].effective_weight(torch.float32)[0])
+        assert layer.scratch is next(iter(light.layers.values())).scratch
+    # A token whose channels differ in their last bit may round to a neighbour on a coarse grid.
+    difference = apart(logits(light), logits(fake))
+    assert difference < (1e-5 if case[3] == 16 else 2e-2)
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_one_linear_on_one_input(latent, case):
+    fake, light = load_model(str(latent(*case)), "cpu", "fp32"), load_model(str(latent(*case)), "cpu", "fp32", latent_layers=[])
+    for name, layer in light.layers.items():
+        x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(len(name))) * 3 + 0.5
+        if layer.shift is not None:
+            x = x * layer.divisor + layer.shift
+        expected = fake.fakes[name](x)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_two_stay_latent_and_share_sites_with_packed_ones(latent):
+    path = latent("llama", 4, -1, 4)
+    whole, light = load_model(str(path), "cpu", "fp32"), load_model(str(path), "cpu", "fp32", latent_layers=["q_proj", "v_proj"])
+    assert {name.rpartition(".")[2] for name in light.fakes} == {"q_proj", "v_proj"} and len(light.layers) == 10
+    assert all(isinstance(light.model.get_submodule(name), QuantLinear) for name in light.layers)
+    assert apart(logits(light), logits(whole)) < 2e-2
+    attention = light.model.model.layers[0].self_attn
+    assert attention.q_proj.after.site is light.model.model.layers[0].sites["query_key"]
+    # Without latents of their own nothing of the packed ones is left but codes: 10 of 14 Linears.
+    floats = {n for n, p in light.model.named_parameters() if p.dim() == 2 and "layers" in n and n.endswith("weight")}
+    assert {name.rpartition(".")[0] for name in floats} == set(light.fakes)
+
+
+def test_names_that_no_linear_has(latent, tiny):
+    with pytest.raises(BadInput, match="latent_layers: q_porj; expected some of down_proj, gate_proj, k_proj"):
+        load_model(str(latent("llama", 4, -1, 4)), "cpu", "fp32", latent_layers=["q_porj"])
+    with pytest.raises(BadInput, match="latent_layers: q_proj; expected a latent checkpoint"):
+        load_model(str(tiny("llama")), "cpu", "fp32", latent_layers=["q_proj"])
+    with pytest.raises(BadInput, match="activations: int8 with a checkpoint that says 4 bits itself"):
+        load_model(str(latent("llama", 4, -1, 4)), "cpu", "fp32", activations="int8")
