@@ -54,7 +54,15 @@ def units_of(layer: FakeQuantLinear, relative: bool, realized_eps: float | None)
 
 
 def move_(weight: Tensor, state: Tensor, coefs: Tensor, uid: int, units: Units, gaussian: bool) -> None:
-    """What `Latent.apply` does to one tensor: weight fp32 [N, K] in place; state int64 [2], coefs fp32 [S, D]."""
+    """What `Latent.apply` does to one tensor: weight fp32 [N, K] in place; state int64 [2], coefs fp32 [S, D].
+
+    A weight in host memory is moved where the state is.
+    """
+    if weight.device != state.device:
+        moved = weight.to(state.device)
+        move_(moved, state, coefs, uid, units, gaussian)
+        weight.copy_(moved)
+        return
     ops_qat.update_latent_(weight, state, coefs, uid, units.group_size, units.rows, units.cols, gaussian, units.realized)
 
 
