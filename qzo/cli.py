@@ -16,7 +16,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
   qzo evaluate runs/qzo-llama-2-13b-w4-seed0
   qzo export runs/qzo-llama-2-13b-w4-seed0 -o llama-13b-w4-sst2"""
 
-EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "aqlm", "hf", "peft")
+EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "aqlm", "hf", "peft", "packed", "zeroqat")
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
     "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",
@@ -113,11 +113,11 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("evaluate", help="accuracy on a task, or perplexity on a text, of a model or a run")
     p.add_argument("model", metavar="MODEL_OR_RUN", help="16-bit or quantized folder, hub id, or the folder of a run")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad (default for a run: its own)")
+    what.add_argument("--task", metavar="NAME", help="sst2, rte, cb, boolq, copa, wic, squad, messages or text (default for a run: its own)")
     what.add_argument("--recipe", metavar="RECIPE", help="take task, data and split from a recipe")
     what.add_argument("--perplexity", metavar="FILE", help="a text file")
     what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, and folders (./FOLDER) of such")
-    p.add_argument("--data", metavar="FOLDER", help="folder of SPLIT.jsonl files, a .jsonl file, or a hub id")
+    p.add_argument("--data", metavar="FOLDER", help="folder of SPLIT.jsonl files, a .jsonl file, or a hub id; of a text also SPLIT.txt, or a .txt file")
     p.add_argument("--split", help="default: validation")
     p.add_argument("--limit", type=_positive, help="evaluate the first LIMIT examples")
     p.add_argument("--window", type=_positive, default=512, help="tokens per window of --perplexity (default: 512)")
@@ -161,9 +161,10 @@ def _measured(args: argparse.Namespace) -> dict[str, object]:
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
     p = verbs.add_parser("export", help="write a run's tuned model as an ordinary checkpoint")
-    p.add_argument("run_folder", metavar="RUN")
+    p.add_argument("run_folder", metavar="RUN", help="the folder of a run, or of what quantize --method zeroqat wrote")
     p.add_argument("-o", "--out", required=True, help="new folder for the model")
-    p.add_argument("--format", choices=EXPORTS, help="default: the base checkpoint's, peft for adapters; hf: dequantized 16 bits")
+    p.add_argument("--format", choices=EXPORTS,
+                   help="default: the base checkpoint's, peft for adapters, packed for zeroqat; hf: dequantized 16 bits")  # fmt: skip
     p.add_argument("--push", metavar="REPO_ID", help="upload it to the Hugging Face Hub; a repository that must be private has to exist")
     p.set_defaults(run=_export, to=None, snapshots=True)
 
@@ -183,6 +184,11 @@ def _export(args: argparse.Namespace) -> None:
 def _say_exported(out: str, summary: dict, checked: dict) -> None:
     if not checked:
         print(f"{out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
+        return
+    if "apart" in checked:
+        print(f"{out}: {checked['format']}, {summary['steps']} steps applied")
+        codes = "equal" if not checked["codes"] else f"equal but for {checked['codes']:.1g} of them"
+        print(f"reloaded: codes {codes}; logits within {checked['apart']:.2g} of the fake-quantized ones (largest logit {checked['largest_logit']:.3g})")
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
     print(f"{out}: {summary['format']}, {summary['steps']} steps applied")

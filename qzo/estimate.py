@@ -184,6 +184,8 @@ def _weights(shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
             found["codes"] += shapes.code_bytes(linear)
         found["scales"] += 4 * linear.rows * groups
         found["zeros, order"] += (not quantization.sym) * linear.rows * groups + 8 * quantization.desc_act * linear.cols
+        # Sums of codes, by which rows rounded about a point of their own are multiplied.
+        found["zeros, order"] += 4 * linear.rows * groups * (getattr(quantization, "activations", 16) < 16)
     if shapes.residuals:
         found["residuals"] = sum(2 * linear.rows * linear.cols for linear in shapes.linears)
     if shapes.latents:
@@ -203,8 +205,8 @@ def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dic
     embedded = shapes.embedded * hidden * work.tokens * (1 + work.variants)  # as they come, and for every variant
     scored = min(work.predictions, max(1, HEAD_POSITIONS // work.variants)) * work.variants
     widest, latent = (max((linear.rows * linear.cols for linear in linears), default=0) for linears in (shapes.linears, shapes.latents))
-    # One effective weight; in plain PyTorch, and where a grid is made, with intermediate ones in fp32.
-    of_latents = latent * (size + 4 * (_PLAIN if device != "cuda" else _REGRID * shapes.regrid))
+    # The effective weights of a pair; in plain PyTorch, and where a grid is made, with intermediate ones in fp32.
+    of_latents = latent * (size * min(work.variants, 2) + 4 * (_PLAIN if device != "cuda" else _REGRID * shapes.regrid))
     return {
         "scratch": max(widest * size * _dequantizes(shapes, work, dtype, device), of_latents),
         "activations": int(_HOLES * per_token * work.tokens * work.variants + cache + embedded) * size,

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qzo.data.answers import exact_match, f1
 from qzo.data.batches import Batch, collate
-from qzo.data.encode import Encoded, Option, encode_examples, leading_ids, padding_id
+from qzo.data.encode import Encoded, encode_examples, padding_id
 from qzo.data.generation import answerable_prompts, first_lines
 from qzo.data.loss import option_scores, per_example_loss
 from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task
+from qzo.data.text import Windows, cut
 from qzo.errors import BadInput
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
@@ -26,7 +27,7 @@ def evaluate_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Windows,
     max_length: int,
     batch_size: int,
     progress: Progress | None = None,
@@ -36,13 +37,17 @@ def evaluate_task(
     A task with options: "accuracy" (0 to 1; the highest score wins, the first of equals) and "loss" (nats, mean of
     per_example_loss). A generation task: "exact_match" and "f1" (0 to 1) of the first line that greedy decoding
     writes in at most 50 tokens, prompt and answer together at most max_length tokens. Chats: "loss" (nats, mean over
-    the assistant's tokens), its exponential "perplexity", and "tokens", their number.
+    the assistant's tokens), its exponential "perplexity", and "tokens", their number. Plain text, whose `examples` are
+    Windows: the same over all predicted tokens.
     """
     if not examples:
         raise BadInput(f"task {task.name}", "no examples", "at least one")
+    progress = progress or _silent
     run = _evaluate_chats if task.chat else _evaluate_generation if task.generation else _evaluate_options
     with _inference(model):
-        return run(model, tokenizer, examples, max_length, batch_size, progress or (lambda done, total: None))
+        if task.text:
+            return {**_likelihood(model, tokenizer, examples, batch_size, progress), "examples": len(examples), "truncated": 0}
+        return run(model, tokenizer, examples, max_length, batch_size, progress)
 
 
 def perplexity(
@@ -61,20 +66,14 @@ def perplexity(
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(str(file), f"cannot be read ({error})", "a UTF-8 text file") from None
-    if window < 2:
-        raise BadInput("window", str(window), "at least 2 tokens")
-    ids = [*leading_ids(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)][:limit_windows]
-    if not windows:
-        do = "Give a longer text or a smaller window."
-        raise BadInput(str(file), f"{len(ids)} tokens", f"at least one window of {window}", do)
-    encoded = [Encoded((tuple(w[:-1]),), (Option(0, 0, tuple(w[1:])),), 0) for w in windows]
-    total = 0.0
+    windows = cut([text], str(file), tokenizer, window, limit_windows)
     with _inference(model):
-        for start in range(0, len(encoded), _WINDOWS_PER_BATCH):
-            batch = collate(encoded[start : start + _WINDOWS_PER_BATCH], padding_id(tokenizer)).to(model.device)
-            total += per_example_loss(model, batch).double().sum().item()
-    return {"perplexity": _exp(total / len(windows)), "windows": len(windows), "tokens": len(windows) * (window - 1)}
+        found = _likelihood(model, tokenizer, windows, _WINDOWS_PER_BATCH, _silent)
+    return {"perplexity": found["perplexity"], "windows": len(windows), "tokens": found["tokens"]}
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 def _exp(loss: float) -> float:
@@ -141,13 +140,20 @@ def _evaluate_chats(
     progress: Progress,
 ) -> dict:
     encoded, truncated = encode_chats(examples, tokenizer, max_length)
-    counts = torch.tensor([len(chat.options[0].tokens) for chat in encoded], dtype=torch.float64)
+    return {**_likelihood(model, tokenizer, encoded, batch_size, progress), "examples": len(encoded), "truncated": truncated}
+
+
+def _likelihood(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], batch_size: int, progress: Progress
+) -> dict:
+    """Loss and perplexity over the tokens of the one option that each example has."""
+    counts = torch.tensor([len(example.options[0].tokens) for example in encoded], dtype=torch.float64)
     losses = torch.zeros(len(encoded), dtype=torch.float64)
     for indices, batch in _collated(encoded, model, tokenizer, batch_size, progress):
         losses[indices] = per_example_loss(model, batch)[0].double().cpu()
     tokens = int(counts.sum())
     loss = ((losses * counts).sum() / tokens).item()
-    return {"loss": loss, "perplexity": _exp(loss), "tokens": tokens, "examples": len(encoded), "truncated": truncated}
+    return {"loss": loss, "perplexity": _exp(loss), "tokens": tokens}
 
 
 def _evaluate_generation(

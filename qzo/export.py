@@ -1,4 +1,5 @@
 """A run out of its folder, as a model folder: an ordinary checkpoint of the base model's format, or dequantized 16-bit weights.
+Runs of ZeroQAT, and latent checkpoints themselves: latent_export.py.
 
 The base checkpoint is copied tensor by tensor; only scales (and norms and biases, where they were tuned) are new.
 """
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from qzo.card import model_card
 from qzo.data.encode import leading_ids
 from qzo.errors import BadInput, RunFailed
+from qzo.latent_export import is_latent, load_latent_source, verify_folder, write_folder
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, format_of, part_of, read_config
 from qzo.model.linear import QuantLinear
@@ -22,7 +24,7 @@ from qzo.model.uniform import Moved
 from qzo.peft_export import ADAPTER, write_peft
 from qzo.progress import Progress
 from qzo.rebuild import load_run, tuned_state
-from qzo.run import read_run, recipe_of, steps_to
+from qzo.run import is_run, read_run, recipe_of, steps_to
 
 PROBE = "The quick brown fox jumps over the lazy dog. It was"
 
@@ -33,15 +35,19 @@ def export_run(
     """Write the tuned model of `run` (after `to` steps; default: all) to the new folder `out`, with a model card (repo: the hub id it will have).
 
     format: hf, or one that the base checkpoint's format can be written as (gptq and gptq_v2; otherwise its own); default:
-    its own; for a run whose adapters moved peft, and no other. Returns the steps, the state and what rounding the scales changed. Raises BadInput for another format, and for
+    its own; for a run whose adapters moved peft, and no other. A run of ZeroQAT, or the folder of a latent checkpoint in place of a run, is
+    written packed, as gptq_v2 or zeroqat (latent_export.py). Returns the steps, the state and what rounding the scales changed. Raises BadInput for another format, and for
     a zero point that gptq (v1) cannot hold.
     """
+    if is_latent(run):
+        return _export_latent(run, out, format or "packed", to, snapshots, repo)
     header, records = read_run(run)
     steps = steps_to(run, records, to)
     folder = Folder(header["base"]["model"])
     config = read_config(folder)
     adapters = header["groups"][0]["name"] == "lora"
-    known = ("peft",) if adapters else (*format_of(config).VERSIONS, "hf")
+    # Smoothing and grids of activations have no place in plain weights.
+    known = ("peft",) if adapters else (*format_of(config).VERSIONS, *(() if config.version == "packed" else ("hf",)))
     format = format or ("peft" if adapters else config.version)
     if format not in known:
         raise BadInput("--format", format, f"one of {', '.join(known)}", "This model's codes are kept in the layout that they have.")
@@ -60,6 +66,13 @@ def export_run(
             _write_quantized(folder, config, format, state, cols, writer, progress)
     scales, worst = _rounding(folder, config, state)
     return {"steps": steps, "out": str(out), "format": format, "rounding": worst, "scales": scales, "state": state}
+
+
+def _export_latent(run: str, out: str, format: str, to: int | None, snapshots: bool, repo: str | None) -> dict:
+    loaded, steps = load_latent_source(run, to, snapshots)
+    card = model_card(run, read_run(run)[0], loaded.folder, repo, format, steps) if is_run(run) else None
+    write_folder(loaded, out, format, card)
+    return {"steps": steps, "out": str(out), "format": format, "rounding": 0.0, "scales": "", "state": {}}
 
 
 def _rounded(folder: Folder, config: Quantization, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,8 +159,11 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
 
     A quantized folder must equal the run with its scales rounded as it stores them, bit for bit (RunFailed otherwise); also returns
     the largest difference to the run with fp32 scales, `rounding_difference`, beside the largest logit. An adapter for peft must
-    hold the run's tensors; {} then.
+    hold the run's tensors; {} then. Of ZeroQAT on the CPU: see latent_export.verify_folder.
     """
+    if is_latent(run):
+        loaded = load_latent_source(run, to)[0]
+        return verify_folder(loaded, out, _written_format(out), _probe(loaded))
     where = pick_device(device)
     if (Path(out) / ADAPTER).exists():
         _, state = tuned_state(run, Folder(read_run(run)[0]["base"]["model"]), torch.device("cpu"), to)
@@ -174,6 +190,11 @@ def verify(run: str, out: str, to: int | None = None, device: str = "auto") -> d
         "equal": exact, "largest_logit": float(tuned.abs().max()),
         "rounding_difference": float((logits - tuned).abs().max()),
     }  # fmt: skip
+
+
+def _written_format(out: str) -> str:
+    config = read_config(Folder(out))
+    return "zeroqat" if config is None else config.version
 
 
 def _probe(loaded) -> torch.Tensor:

@@ -1,15 +1,18 @@
 """What a run reads before any weight: the model's folder, the data as token ids."""
 
 import sys
+from collections.abc import Sequence
 
 from qzo.data.encode import Encoded, encode_examples
 from qzo.data.generation import encode_questions
 from qzo.data.messages import encode_chats
 from qzo.data.tasks import Example, Task, get_task, load_examples
+from qzo.data.text import Windows, read_windows
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, read_config
 from qzo.model.load import skeleton
+from qzo.model.packed_format import PackedConfig
 from qzo.model.zeroqat_format import LatentConfig, latent_config
 from qzo.recipe import Recipe
 
@@ -20,7 +23,7 @@ def task_of(recipe: Recipe) -> Task:
 
 def check_objective(objective: str, task: Task) -> None:
     """Raises BadInput for a task on which the objective cannot be measured."""
-    if objective == "accuracy" and (task.generation or task.chat):
+    if objective == "accuracy" and (task.generation or task.chat or task.text):
         raise BadInput("recipe, objective", f"accuracy, with task {task.name}", "a task with choices", "Set objective=loss, or give choices.")
     if objective == "f1" and not task.generation:
         raise BadInput("recipe, objective", f"f1, with task {task.name}", "a task whose answer is generated: squad, or jsonl with a completion",
@@ -45,6 +48,10 @@ def quantized_folder(recipe: Recipe) -> tuple[Folder, Quantization]:
         if value and config.codebook:
             raise BadInput(f"recipe, {key}", f"{value} with NF4, FP4 or AQLM weights, whose codes name entries of a table", "weights on a uniform grid",
                            f"Leave {key} out, or use a GPTQ, AWQ, compressed-tensors or LLM.int8 model.")  # fmt: skip
+    if isinstance(config, PackedConfig) and (recipe.method == "quzo" or recipe.activations and config.activations < 16):
+        key, value = ("method", "quzo") if recipe.method == "quzo" else ("activations", recipe.activations)
+        raise BadInput(f"recipe, {key}", f"{value} with a packed checkpoint of {config.width}-bit weights and {config.activations}-bit activations",
+                       "method: qzo or quzo-lora, and the activations that the checkpoint itself has", f"Leave {key} out.")  # fmt: skip
     if recipe.activations == "fp8" and config.bits == 8:
         raise BadInput("recipe, activations", "fp8 with a model of 8 bits", "int8, which multiplies such codes as they are", "Set activations=int8.")
     if recipe.activations and config.group_size != -1 and config.group_size % 32:
@@ -67,10 +74,14 @@ def _check_latent(recipe: Recipe, config: LatentConfig | None) -> None:
             raise BadInput("recipe, quantizer", f"{part}, of a model with {why}", f"a part that {recipe.model} has")
 
 
-def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[list[Encoded], list[Example], Task]:
-    """Training examples as token ids, evaluation examples, and the task. Warns about prompts that were cut."""
+def load_data(recipe: Recipe, tokenizer: object, max_length: int) -> tuple[Sequence[Encoded], Sequence[Example] | Windows, Task]:
+    """Training examples as token ids, evaluation examples (of a text its windows), and the task. Warns about prompts that were cut."""
     task = task_of(recipe)
     check_objective(recipe.objective, task)
+    if task.text:
+        splits = ((recipe.train_split, recipe.train_examples), (recipe.eval_split, recipe.eval_examples))
+        train, validation = (read_windows(recipe.data, split, tokenizer, max_length, count, recipe.streaming) for split, count in splits)
+        return train, validation, task
     train = load_examples(task, recipe.data, recipe.train_split, recipe.train_examples, recipe.streaming)
     encode = encode_questions if recipe.objective == "f1" else encode_chats if task.chat else encode_examples
     encoded, truncated = encode(train, tokenizer, max_length)

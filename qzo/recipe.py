@@ -46,8 +46,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: _Text = Field(description="model folder, hub id or builtin:NAME")
-    task: _Text = Field("jsonl", description="built-in task name, jsonl for any prompt and answer, or messages for chats")
-    data: _Text = Field(description="folder of SPLIT.jsonl files, one .jsonl file, or a hub dataset id")
+    task: _Text = Field("jsonl", description="built-in task name, jsonl for any prompt and answer, messages for chats, or text for plain text")
+    data: _Text = Field(description="folder of SPLIT.jsonl files, one .jsonl file, or a hub dataset id; of a text also SPLIT.txt files, or one")
     prompt: _Text | None = Field(None, description="prompt template with {field} names (task jsonl)")
     choices: list[_Text] | None = Field(None, description="answers to choose from; may hold {field} names")
     label: _Text | None = Field(None, description="field that holds the right choice, as its index or its text")
@@ -57,7 +57,7 @@ class Recipe(BaseModel):
     train_examples: _Count | None = Field(1000, description="examples to tune on; null: all")
     eval_examples: _Count | None = Field(None, description="examples to evaluate on; null: all")
     streaming: bool = Field(False, description="train_examples are the first of the split, and nothing behind them is read")
-    max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning")
+    max_length: int = Field(512, ge=8, description="tokens per row; longer prompts lose their beginning; of a text, per window")
     objective: Literal["loss", "accuracy", "f1"] = Field(
         "loss", description="what a step measures: the loss; minus the accuracy of the choices; minus the F1 of generated answers"
     )

@@ -94,13 +94,14 @@ def _size(size: float, largest: float) -> str:
 
 def _shown(scores: Mapping[str, Any] | None, key: str) -> str:
     value = (scores or {}).get(key)
-    return "unknown" if value is None else f"{value:.4f}" if key == "loss" else f"{value:.1%}"
+    return "unknown" if value is None else f"{value:.4f}" if key in ("loss", "perplexity") else f"{value:.1%}"
 
 
 def _tiles(figures: Mapping[str, Any], score: str | None) -> str:
     found = [
         (f"{_shown(figures['before'], key)} → {_shown(figures['after'], key)}", f"validation {key.replace('_', ' ')}, before → after")
-        for key in (*([score] if score else []), "loss")
+        for key in (*([score] if score else []), "loss", "perplexity")
+        if key != "perplexity" or key in (figures["after"] or {})
     ]
     peak = figures["peak_memory"]
     found += [(_size(peak, peak), "peak memory"), (f"{figures['seconds']:.0f} s", f"{figures['steps']} steps, {figures['forwards']} example-forwards")]
@@ -126,6 +127,9 @@ def _curves(recipe: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], score
         points = [(after, scores[score]) for after, scores in evaluations if scores.get(score) is not None]
         name = score.replace("_", " ")
         drawn.append(line_chart(f"Validation {name}", "step", "share of the examples", [Series(name, "main", points, True)], False, (0, 1), True))
+    points = [(after, scores["perplexity"]) for after, scores in evaluations if scores.get("perplexity") is not None]
+    if points:
+        drawn.append(line_chart("Validation perplexity", "step", "lower is better", [Series("perplexity", "main", points, True)]))
     clipped = _points([line for line in steps if line["clipped"]], "abs_d")
     bounds = [Series("|d|", "main" if len(size) < 200 else "faint", size)]
     bounds.append(Series("clip", "second", _clip(recipe, size)))

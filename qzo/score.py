@@ -1,14 +1,16 @@
 """What `qzo evaluate` does: pick the model or run, the task or text, and score it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from qzo.data.tasks import get_task, load_examples
+from qzo.data.records import located
+from qzo.data.tasks import Task, get_task, load_examples
+from qzo.data.text import documents, read_windows
 from qzo.errors import BadInput
 from qzo.evaluate import evaluate_task, perplexity
 from qzo.inputs import task_of
-from qzo.model.files import BUILTIN, resolve
 from qzo.progress import Progress
 from qzo.recipe import Recipe, load_recipe
 from qzo.rebuild import load_any
@@ -34,27 +36,29 @@ class Question:
 def score(model: str, question: Question, device: str = "auto", dtype: str | None = None) -> dict[str, Any]:
     """Figures of a 16-bit folder, a quantized folder, a hub id or a run. Cheap input is checked before the model is loaded."""
     run = is_run(model)
-    examples = None
     if question.perplexity is None:
-        task, examples, max_length = _examples(model, question, run)
+        task, read, max_length = _examples(model, question, run)
     else:
-        text = resolve(question.perplexity) if question.perplexity.startswith(BUILTIN) else Path(question.perplexity)
+        text = located(question.perplexity)
         if not text.is_file():
             raise BadInput(question.perplexity, "no such file", "a UTF-8 text file for --perplexity")
     loaded, steps = load_any(model, device, dtype)
     tokenizer = loaded.tokenizer()
-    if examples is None:
+    if question.perplexity is not None:
         figures = perplexity(loaded.model, tokenizer, text, question.window, question.limit_windows)
     else:
+        max_length = loaded.folder.fit_length(max_length)
+        examples = read(tokenizer, max_length)
         with Progress("evaluate", len(examples)) as progress:
             figures = evaluate_task(
-                loaded.model, tokenizer, task, examples, loaded.folder.fit_length(max_length), question.batch_size,
+                loaded.model, tokenizer, task, examples, max_length, question.batch_size,
                 lambda done, total: progress.update(done),
             )  # fmt: skip
     return figures if steps is None else {**figures, "steps": steps}
 
 
-def _examples(model: str, question: Question, run: bool) -> tuple[Any, list, int]:
+def _examples(model: str, question: Question, run: bool) -> tuple[Task, Callable[[Any, int], Sequence], int]:
+    """The task, what makes its examples of a tokenizer and a length, and the length that is asked for."""
     own: Recipe | None = None
     if question.recipe:
         overrides = [f"data={question.data}"] if question.data else []
@@ -69,4 +73,9 @@ def _examples(model: str, question: Question, run: bool) -> tuple[Any, list, int
     data = question.data or own.data
     split = question.split or (own.eval_split if own else "validation")
     limit = question.limit or (own.eval_examples if own else None)
-    return task, load_examples(task, data, split, limit, bool(own and own.streaming)), question.max_length or (own.max_length if own else 512)
+    streaming, max_length = bool(own and own.streaming), question.max_length or (own.max_length if own else 512)
+    if task.text:
+        next(documents(data, split, streaming), None)  # what cannot be read is said here, before the model is loaded
+        return task, partial(read_windows, data, split, limit=limit, streaming=streaming), max_length
+    examples = load_examples(task, data, split, limit, streaming)
+    return task, lambda tokenizer, length: examples, max_length

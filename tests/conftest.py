@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = len(os.sched_getaffinity(0))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # The processes share the cores: so many threads for this one, and for the programs that its tests start.
+    torch.set_num_threads(max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +38,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: a process per core, up to 8, for the whole suite; what somebody selected, or what needs a GPU, starts faster in one."""
+    selected = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword
+    alone = selected or config.option.usepdb or "not gpu" not in config.option.markexpr
+    return 0 if alone or CORES == 1 else min(CORES, 8)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

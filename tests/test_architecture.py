@@ -22,7 +22,7 @@ LAYERS = [
     {"data"},
     {"evaluate", "quantize", "run", "inputs", "estimate", "peft_export"},
     {"rebuild", "report_html", "track"},
-    {"report", "replay", "fit"},
+    {"report", "replay", "fit", "latent_export"},
     {"card", "hub"},
     {"tune", "export"},
     {"score", "plan", "doctor", "harness"},

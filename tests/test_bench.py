@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -241,14 +242,23 @@ def test_an_operator_that_cannot_run_is_a_row_with_its_reason():
     assert bad["reason"].startswith("ValueError: values: shape (2,)") and "us" not in bad and bad["met"] == "no"
 
 
+def two_rounds(name, monkeypatch):
+    """A script that replays what it times twice, and not for as long as a figure needs."""
+    module = script(name)
+    monkeypatch.setattr("bench_common.ROUNDS_SECONDS", 0.0)
+    monkeypatch.setattr(module, "in_turn", partial(module.in_turn, least=2))
+    return module
+
+
 def test_bench_kernels_from_end_to_end(green, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results" / "kernels"
     monkeypatch.setattr(sys, "argv", ["bench_kernels", "--shapes", "tiny", "--rows", "1,2", "--quick", "--tests-log", str(green), "--out", str(out)])
-    script("bench_kernels").main()
+    two_rounds("bench_kernels", monkeypatch).main()
     assert "largest relative error" in capsys.readouterr().out
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == {"cublas", "quant_matmul", "two_halves", "dequantize", "perturb", "update_", "update_codes_"}
+    assert {row["op"] for row in rows} == {"cublas", "quant_matmul", "two_halves", "dequantize", "perturb", "update_", "update_codes_",
+                                        "effective_weight", "copy", "update_latent_"}  # fmt: skip
     assert {row["variants"] for row in rows if row["op"] == "quant_matmul"} == {"1", "2"}
     assert all(0 < float(row["us_p20"]) <= float(row["us"]) <= float(row["us_p80"]) for row in rows)
     assert all(float(row["rel_error"]) <= 3e-3 for row in rows), rows
@@ -263,7 +273,7 @@ def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results" / "step.json"
     command = ["bench_step", "--like", "tiny", "--sizes", "2x16", "--profile", "2x16", "--repeats", "2", "--tests-log", str(green), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command + more)
-    script("bench_step").main()
+    two_rounds("bench_step", monkeypatch).main()
     document = json.loads(out.read_text())
     eager = ["eager QuZO"] if "--quzo" in more else []
     assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", "two forwards", "MeZO", "MeZO, fused additions", *eager]

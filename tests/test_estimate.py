@@ -131,7 +131,7 @@ def test_evaluation_takes_no_more_than_a_step(fit):
 
 def test_too_large_is_exit_code_3_before_the_weights(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qzo.fit.available", lambda *_: 12345)
-    monkeypatch.setattr("qzo.tune.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("qzo.tune.load_base", lambda *_: pytest.fail("loaded"))
     assert main(["tune", recipe]) == 3
     err = capsys.readouterr().err
     assert err.startswith("qzo tune: device memory: about 0.0") and "the 0.00 GB available" in err and err.count("\n") == 1

@@ -88,7 +88,10 @@ def encode_prompts(
 
 def fingerprint(encoded: Sequence[Encoded]) -> str:
     """SHA-256 of the examples as a run sees them: their token ids, options and labels, in order."""
-    return hashlib.sha256("\n".join(map(repr, encoded)).encode()).hexdigest()
+    found = hashlib.sha256()
+    for number, example in enumerate(encoded):
+        found.update(("\n" * (number > 0) + repr(example)).encode())
+    return found.hexdigest()
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

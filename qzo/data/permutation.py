@@ -1,6 +1,7 @@
 """Orders that are a pure function of (seed, epoch), from the bits of noise version 1."""
 
 import heapq
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2s
 
@@ -22,6 +23,11 @@ def beginning(seed: int, epoch: int, n: int, name: str, count: int) -> list[int]
     for start in range(0, n, CHUNK):
         found = heapq.nsmallest(count, [*found, *_keys(seed, epoch, start, min(start + CHUNK, n), name)])
     return [index for *_, index in found]
+
+
+def subset(limit: int, n: int) -> Sequence[int]:
+    """Which of n training examples a run with `limit` of them has: the same for every run and seed. Frozen."""
+    return beginning(0, 0, n, "data/subset", limit) if limit < n else range(n)
 
 
 def _keys(seed: int, epoch: int, start: int, stop: int, name: str) -> list[tuple[int, int, int]]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -25,18 +25,40 @@ def read_records(
     streaming: the records of a hub dataset are fetched as they are read, instead of the whole dataset before.
     BadInput names the file and the line of what cannot be read, and says when a split is empty.
     """
-    path = resolve(str(data)) if str(data).startswith(BUILTIN) else Path(data)
-    if path.is_dir():
-        found = _read_jsonl(_split_file(path, split), first, choose)
-    elif path.is_file():
-        found = _read_jsonl(path, first, choose)
-    elif path.suffix != ".jsonl" and _HUB_ID.fullmatch(str(data)):
-        found = _read_hub(str(data), split, first, choose, streaming)
+    if choose is None:
+        found = list(islice(each_record(data, split, streaming), first))
+    elif path := _file(data, split):
+        found = _chosen(path, choose)
     else:
-        raise BadInput(str(data), "no such file or folder", "a folder of {split}.jsonl, a .jsonl file or a hub id")
+        found = [_of_hub(data, split, index, row) for index, row in _hub_rows(str(data), split, choose, streaming)]
     if not found:
         raise BadInput(f"{data}, split {split}", "no examples", "at least one")
     return found
+
+
+def each_record(data: str | Path, split: str, streaming: bool = False) -> Iterator[Record]:
+    """The records of `split` of the same `data`, read one by one as they are asked for."""
+    if path := _file(data, split):
+        yield from (_parse(path, number, line) for number, line in _lines(path))
+    else:
+        yield from (_of_hub(data, split, index, row) for index, row in _hub_rows(str(data), split, None, streaming))
+
+
+def located(data: str | Path) -> Path:
+    """The path that `data` names: what `builtin:NAME` stands for, else itself, whether it is there or not."""
+    return resolve(str(data)) if str(data).startswith(BUILTIN) else Path(data)
+
+
+def _file(data: str | Path, split: str) -> Path | None:
+    """The file of a split; None for a hub id."""
+    path = located(data)
+    if path.is_dir():
+        return _split_file(path, split)
+    if path.is_file():
+        return path
+    if path.suffix != ".jsonl" and _HUB_ID.fullmatch(str(data)):
+        return None
+    raise BadInput(str(data), "no such file or folder", "a folder of {split}.jsonl, a .jsonl file or a hub id")
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -47,9 +69,7 @@ def _split_file(folder: Path, split: str) -> Path:
     return path
 
 
-def _read_jsonl(path: Path, first: int | None, choose: Choice | None) -> list[Record]:
-    if choose is None:
-        return [_parse(path, number, line) for number, line in islice(_lines(path), first)]
+def _chosen(path: Path, choose: Choice) -> list[Record]:
     order = choose(sum(1 for _ in _lines(path)))
     wanted, found = set(order), {}
     for index, (number, line) in enumerate(islice(_lines(path), max(order, default=-1) + 1)):
@@ -78,7 +98,8 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     return where, record
 
 
-def _read_hub(name: str, split: str, first: int | None, choose: Choice | None, streaming: bool) -> list[Record]:
+def _hub_rows(name: str, split: str, choose: Choice | None, streaming: bool) -> Iterator[tuple[int, dict]]:
+    """(index, fields) of the rows, all or those that are chosen."""
     try:
         import datasets
     except ImportError:
@@ -91,14 +112,14 @@ def _read_hub(name: str, split: str, first: int | None, choose: Choice | None, s
     lazily = {"streaming": True} if streaming else {}
     try:
         rows = datasets.load_dataset(path, config or None, split=split, **lazily)
-        if choose is None:
-            numbered = list(enumerate(islice(rows, first)))
-        else:
-            numbered = [(index, rows[index]) for index in choose(len(rows))]
+        yield from enumerate(rows) if choose is None else ((index, rows[index]) for index in choose(len(rows)))
     except Exception as error:  # nothing narrower: what its readers of files and of the network raise is theirs
         given = f"the hub's split {split} cannot be read ({_one_line(error)})"
         raise BadInput(name, given, "a public dataset `owner/name` or `owner/name:config`") from error
-    return [(f"{name} {split} row {number}", dict(row)) for number, row in numbered]
+
+
+def _of_hub(name: str | Path, split: str, index: int, row: Mapping) -> Record:
+    return f"{name} {split} row {index}", dict(row)
 
 
 def _one_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from qzo.data import templates
-from qzo.data.permutation import beginning
+from qzo.data.permutation import subset
 from qzo.data.records import read_records
 from qzo.data.templates import RecordError, compile_template, text
 from qzo.errors import BadInput
@@ -18,7 +18,7 @@ class Example:
     """One question: each option is appended verbatim to the prompt; `label` is the index of the right one.
 
     A generation example has one option, the first of its `references`. A chat has `messages` (role, content) and nothing
-    else. `source` says where it was read.
+    else, a document of plain text only a prompt. `source` says where it was read.
     """
 
     prompt: str
@@ -33,13 +33,14 @@ class Example:
 class Task:
     """`make` turns a record into an Example; `generation`: judged by generated text, not by the options' scores.
 
-    chat: neither, but by the likelihood of what the assistant says.
+    chat, text: neither, but by the likelihood of what the assistant says, or of all of a text (qzo.data.text).
     """
 
     name: str
     generation: bool
     make: Callable[[dict], Example]
     chat: bool = False
+    text: bool = False
 
 
 def get_task(
@@ -49,7 +50,7 @@ def get_task(
     label: str | None = None,
     completion: str | None = None,
 ) -> Task:
-    """A built-in task by name; "messages": chats; or "jsonl": any records, described by the other arguments.
+    """A built-in task by name; "messages": chats; "text": plain text; or "jsonl": any records, described by the other arguments.
 
     prompt: template. choices: templates of the options, with `label` the field (default "label") that holds the
     index or the text of the right one. completion: template, or the name of a field. Neither: the record's own
@@ -59,16 +60,17 @@ def get_task(
     settings = [key for key, value in arguments.items() if value is not None]
     if name == "jsonl":
         return _jsonl_task(prompt, choices, label, completion)
-    if name == "messages" and not settings:
-        return Task(name, False, _chat, chat=True)
-    if name not in _BUILT_IN and name != "messages":
-        close = difflib.get_close_matches(str(name), [*_BUILT_IN, "jsonl", "messages"], n=1)
-        do = f"Did you mean {close[0]}?" if close else ""
-        raise BadInput("task", repr(name), "one of " + ", ".join([*_BUILT_IN, "jsonl", "messages"]), do)
+    names = [*_BUILT_IN, "jsonl", "messages", "text"]
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        raise BadInput("task", repr(name), "one of " + ", ".join(names), f"Did you mean {close[0]}?" if close else "")
     if settings:
-        given = f"{', '.join(settings)} set"
-        prompt = "the tokenizer's template" if name == "messages" else "built in"
-        raise BadInput(f"task {name}", given, f"no such setting: its prompt is {prompt}", "Use task: jsonl.")
+        why = {"messages": "its prompt is the tokenizer's template", "text": "it has no prompt"}.get(name, "its prompt is built in")
+        raise BadInput(f"task {name}", f"{', '.join(settings)} set", f"no such setting: {why}", "Use task: jsonl.")
+    if name == "messages":
+        return Task(name, False, _chat, chat=True)
+    if name == "text":
+        return Task(name, False, lambda record: Example(text(record, "text"), (), 0), text=True)
     return Task(name, name in _GENERATION, _BUILT_IN[name])
 
 
@@ -93,18 +95,16 @@ def load_examples(
     Memory is for `limit` records, whatever the file has. BadInput names file and line of a record that the task cannot use.
     """
     drawn = limit is not None and split == "train" and not streaming
-    choose = partial(_subset, limit) if drawn else None
-    examples = []
-    for where, record in read_records(data, split, None if drawn else limit, choose, streaming):
-        try:
-            examples.append(replace(task.make(record), source=where))
-        except RecordError as error:
-            raise BadInput(f"{where} (task {task.name})", error.given, error.expected) from None
-    return examples
+    choose = partial(subset, limit) if drawn else None
+    return [made(task, *record) for record in read_records(data, split, None if drawn else limit, choose, streaming)]
 
 
-def _subset(limit: int, n: int) -> Sequence[int]:
-    return beginning(0, 0, n, "data/subset", limit) if limit < n else range(n)
+def made(task: Task, where: str, record: dict) -> Example:
+    """The Example of a record that was read at `where`; BadInput names that place."""
+    try:
+        return replace(task.make(record), source=where)
+    except RecordError as error:
+        raise BadInput(f"{where} (task {task.name})", error.given, error.expected) from None
 
 
 def _index(record: dict, options: Sequence[str], name: str = "label") -> int:

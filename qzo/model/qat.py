@@ -161,10 +161,13 @@ class FakeQuantLinear(nn.Module):
             return functional.linear(given, self.effective_weight(x.dtype)[0], offset)
         if len(x) % len(noise.eps):
             raise ValueError(f"x: {len(x)} along dim 0; expected a multiple of the {len(noise.eps)} variants of the noise")
-        # One weight in memory at a time.
-        single = (noise._replace(states=state, eps=eps) for state, eps in zip(noise.states.split(1), noise.eps.split(1), strict=True))
-        parts = zip(given.chunk(len(noise.eps)), single, strict=True)
-        return torch.cat([functional.linear(part, self.effective_weight(x.dtype, one)[0], offset) for part, one in parts])
+        parts, done = given.chunk(len(noise.eps)), []
+        # Two weights in memory at a time: those of a pair are made in one pass.
+        for states, eps in zip(noise.states.split(2), noise.eps.split(2), strict=True):
+            weights = self.effective_weight(x.dtype, noise._replace(states=states, eps=eps))
+            done += [functional.linear(part, weight, offset) for part, weight in zip(parts[len(done) :], weights, strict=False)]
+            del weights
+        return torch.cat(done)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.precision}"

@@ -1,70 +1,21 @@
 """Packed Linears against the fake-quantized ones that they are made of: the codes exactly, the logits in a tolerance."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_models import calibration  # noqa: F401
+from tiny_latent import apart, calibration, latent, logits  # noqa: F401
 
 from qzo.errors import BadInput
 from qzo.model.linear import QuantLinear
-from qzo.model.load import LoadedModel, load_model
+from qzo.model.load import load_model
 from qzo.model.packing import packed
 from qzo.model.qat import FakeQuantLinear
-from qzo.quantize import quantize_model
 
 # family, bits, group_size, activations: grouped queries, a LayerNorm with biases, q_norm and k_norm
 CASES = [("llama", 4, -1, 4), ("qwen3", 4, -1, 8), ("opt", 6, -1, 6), ("opt", 4, 32, 4), ("qwen2", 2, 32, 16), ("opt", 3, 64, 16), ("llama", 8, 32, 8)]
-IDS = torch.arange(0, 240, 4)[None]
-
-
-@pytest.fixture(scope="session")
-def latent(tiny, calibration, tmp_path_factory) -> Callable[..., Path]:  # noqa: F811
-    """(family, bits, group_size, activations) -> a latent checkpoint whose smoothing, clipping and grids are all in use. Not to be written to."""
-    made: dict[tuple, Path] = {}
-
-    def make(*case) -> Path:
-        if case not in made:
-            made[case] = tmp_path_factory.mktemp("latent") / "model"
-            family, bits, size, activations = case
-            quantize_model(str(tiny(family)), made[case], "zeroqat", bits, size, activations=activations, calibration=calibration, samples=12,
-                           max_length=32, device="cpu")  # fmt: skip
-            stir(made[case])
-        return made[case]
-
-    return make
-
-
-def stir(folder: Path) -> None:
-    """Move every tensor of the quantizer a little off what a search gives."""
-    from safetensors.torch import load_file, save_file
-
-    generator = torch.Generator().manual_seed(0)
-
-    def moved(name: str, value: torch.Tensor) -> torch.Tensor:
-        noise, kind = torch.rand(value.shape, generator=generator), name.rpartition(".")[2]
-        if kind in ("factor", "scale"):
-            return value * (0.9 + 0.2 * noise)
-        if kind == "span":
-            return torch.full_like(value, 0.9)  # the Linears of one input share it
-        return value + noise * {"low": 0.5, "high": 0.5, "move": 0.8, "shift": 0.1}.get(kind, 0)
-
-    tensors = {name: moved(name, value) for name, value in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-@torch.no_grad()
-def logits(loaded: LoadedModel) -> torch.Tensor:
-    return loaded.model(IDS, use_cache=False).logits.float()
-
-
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_all_packed_at_load(latent, case):
+def test_all_packed_at_load(latent, case):  # noqa: F811
     fake, light = load_model(str(latent(*case)), "cpu", "fp32"), load_model(str(latent(*case)), "cpu", "fp32", latent_layers=[])
     assert not light.fakes and list(light.layers) == list(fake.fakes)
     assert not any(isinstance(module, FakeQuantLinear) for module in light.model.modules())
@@ -79,7 +30,7 @@ def test_all_packed_at_load(latent, case):
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_one_linear_on_one_input(latent, case):
+def test_one_linear_on_one_input(latent, case):  # noqa: F811
     fake, light = load_model(str(latent(*case)), "cpu", "fp32"), load_model(str(latent(*case)), "cpu", "fp32", latent_layers=[])
     for name, layer in light.layers.items():
         x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(len(name))) * 3 + 0.5
@@ -89,7 +40,7 @@ def test_one_linear_on_one_input(latent, case):
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_two_stay_latent_and_share_sites_with_packed_ones(latent):
+def test_two_stay_latent_and_share_sites_with_packed_ones(latent):  # noqa: F811
     path = latent("llama", 4, -1, 4)
     whole, light = load_model(str(path), "cpu", "fp32"), load_model(str(path), "cpu", "fp32", latent_layers=["q_proj", "v_proj"])
     assert {name.rpartition(".")[2] for name in light.fakes} == {"q_proj", "v_proj"} and len(light.layers) == 10
@@ -102,7 +53,7 @@ def test_two_stay_latent_and_share_sites_with_packed_ones(latent):
     assert {name.rpartition(".")[0] for name in floats} == set(light.fakes)
 
 
-def test_names_that_no_linear_has(latent, tiny):
+def test_names_that_no_linear_has(latent, tiny):  # noqa: F811
     with pytest.raises(BadInput, match="latent_layers: q_porj; expected some of down_proj, gate_proj, k_proj"):
         load_model(str(latent("llama", 4, -1, 4)), "cpu", "fp32", latent_layers=["q_porj"])
     with pytest.raises(BadInput, match="latent_layers: q_proj; expected a latent checkpoint"):

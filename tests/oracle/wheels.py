@@ -1,5 +1,6 @@
 """Packages that would not fit into the test environment, each in a folder of its own, without what they depend on; then transformers uses them."""
 
+import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ def install(config: pytest.Config, factory: pytest.TempPathFactory, name: str, h
     """A folder with the packages that pip installs for `arguments`, kept in the test cache as `name`; `holds` is a file of it."""
     cache = getattr(config, "cache", None)
     folder = Path(cache.mkdir(name)) if cache else factory.mktemp(name)
-    if not (folder / holds).exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", *arguments]
-        done = subprocess.run([*command, "--upgrade", "--target", str(folder)], capture_output=True, text=True)
-        assert done.returncode == 0, f"{name} could not be installed:\n{done.stderr}"
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the same test run may want it too
+        if not (folder / holds).exists():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", *arguments]
+            done = subprocess.run([*command, "--upgrade", "--target", str(folder)], capture_output=True, text=True)
+            assert done.returncode == 0, f"{name} could not be installed:\n{done.stderr}"
     return folder
 
 

@@ -7,6 +7,7 @@ import torch
 from qzo_kernels.reference_noise import rademacher
 from qzo_kernels.reference_qat import grid_codes
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from qzo.model.qat import FakeQuantLinear, Precision
 from qzo.model.smoothing import Channels, Site
@@ -305,3 +306,31 @@ def test_others_are_refused():
         Quantizer(net, ("clip",), 0.1, 0.1)
     with pytest.raises(ValueError, match="without span"):
         Quantizer(Net(Precision(4, 16, 16)), ("span",), 0.1, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["latent", "stacked", "realized", "both"])
+def test_nothing_in_a_step_is_read_by_the_host(kind, monkeypatch):
+    """Nor anywhere a choice made by what a tensor holds: a step can be captured as a graph."""
+    monkeypatch.setattr("qzo.zo.targets.quantizer.floor_of", lambda _: 1e-3)
+    with FakeTensorMode():
+        net = Net()
+        targets: list = [net.latent(realized=kind == "realized")]
+        if kind == "both":
+            targets.append(Quantizer(net, ("clipping", "step", "zero", "span", "scale"), 0.6, 0.1))
+        optimizer = ZO(targets, SEED, 1 if kind == "realized" else 2, stacked=kind == "stacked")
+        loss = optimizer.step(closure_of(net, (torch.randn(16, 40), torch.randn(16, 10))))
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+
+
+def test_tensors_stay_where_a_graph_finds_them(data):
+    net = Net()
+    optimizer = ZO(TARGETS["both"](net), SEED)
+
+    def places() -> list[int]:
+        return [t.data_ptr() for fake in net.fakes().values() for t in (fake.weight, fake.step, fake.zero, fake.offset, fake.low)]
+
+    before = places()
+    for _ in range(2):
+        optimizer.step(closure_of(net, data))
+    assert places() == before

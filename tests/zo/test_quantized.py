@@ -150,7 +150,7 @@ def test_walk_of_small_steps(noise_bits):
 @BOTH
 def test_units_descend_a_linear_loss(estimator):
     """Codes move by -lr g a step: coefs are lr mu in units of `unit`, in grid steps. 2 bits: a gain of 3.19."""
-    rows, cols, steps, lr, noise_bits = 32, 64, 800, 0.2, 2
+    rows, cols, steps, lr, noise_bits = 32, 64, 400, 0.2, 2
     stream = 1 if estimator == "rge1" else 2
     g = torch.randn(rows, cols, generator=torch.Generator().manual_seed(4)) / (rows * cols) ** 0.5
     level = unit(noise_bits, "rge2")
