@@ -16,12 +16,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from qzo_kernels import ops_qat
-from qzo_kernels.reference_qat import grid_codes
+from qzo_kernels.reference_qat import grid_codes, smoothed
 from torch import Tensor, nn
 
 from qzo.model.qat import FakeQuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo, layers_under_noise
+
+
+_AT_ONCE = 1 << 21  # elements that statistics look at: intermediate tensors of some ten of these
 
 
 class Units(NamedTuple):
@@ -141,14 +144,8 @@ class Latent:
         mean square of all that the weights moved, in steps."""
         count, changed, edge, square = 0, 0, 0, 0.0
         for name, layer in self.layers.items():
-            bits, size, step, zero = layer.precision.bits, layer.precision.group_size, layer.step, layer.zero
-            now, base = (layer.smoothed(weight) for weight in (layer.latent(), self._base(name, layer)))
-            codes, old = (grid_codes(weight, step, zero, bits, size) for weight in (now, base))
-            count += codes.numel()
-            changed += int((codes != old).sum())
-            edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
-            steps = step.repeat_interleave(-(-codes.shape[1] // step.shape[1]) if size == -1 else size, 1)[:, : codes.shape[1]]
-            square += float(((now - base) / steps).double().square().sum())
+            found = _compared(layer, layer.latent(), self._base(name, layer))
+            count, changed, edge, square = (a + b for a, b in zip((count, changed, edge, square), found, strict=True))
         return {"weights": count, "changed": changed / count, "saturated": edge / count, "rms_steps": math.sqrt(square / count)}
 
     def warning(self, coef: float, steps: int) -> str | None:
@@ -163,6 +160,21 @@ class Latent:
         if most < 1e-3:
             return f"{said}: hardly a code will ever change. Raise lr."
         return f"{said}, of a grid of {top} steps: codes will pile up at its ends. Lower lr." if chance > top / 4 else None
+
+
+def _compared(layer: FakeQuantLinear, weight: Tensor, base: Tensor) -> tuple[int, int, int, float]:
+    """Of two weights of a layer on its grid: (elements, codes that differ, codes of `weight` at an end, sum of squares of steps between them)."""
+    bits, size, (s_in, s_out) = layer.precision.bits, layer.precision.group_size, layer.scales()
+    columns = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] if size == -1 else size)
+    changed, edge, square = 0, 0, 0.0
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, _AT_ONCE // weight.shape[1])):
+        step, zero, out = layer.step[rows], layer.zero[rows], None if s_out is None else s_out[rows]
+        now, old = (smoothed(values[rows], s_in, out) for values in (weight, base))
+        codes, other = (grid_codes(values, step, zero, bits, size) for values in (now, old))
+        changed += int((codes != other).sum())
+        edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
+        square += float(((now - old) / step[:, columns]).double().square().sum())
+    return weight.numel(), changed, edge, square
 
 
 def _check(layers: dict[str, FakeQuantLinear], relative: bool, realized: bool) -> None:
