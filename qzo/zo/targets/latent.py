@@ -10,7 +10,7 @@ signal-to-noise of u is 0.02, 0.25, 0.7 at ε = 0.01, 0.1, 0.3 steps, that of r 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from qzo.model.qat import FakeQuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo, layers_under_noise
+
+
+_PART = 1 << 21  # weights of which statistics are made at a time
 
 
 class Units(NamedTuple):
@@ -141,14 +144,14 @@ class Latent:
         mean square of all that the weights moved, in steps."""
         count, changed, edge, square = 0, 0, 0, 0.0
         for name, layer in self.layers.items():
-            bits, size, step, zero = layer.precision.bits, layer.precision.group_size, layer.step, layer.zero
-            now, base = (layer.smoothed(weight) for weight in (layer.latent(), self._base(name, layer)))
-            codes, old = (grid_codes(weight, step, zero, bits, size) for weight in (now, base))
-            count += codes.numel()
-            changed += int((codes != old).sum())
-            edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
-            steps = step.repeat_interleave(-(-codes.shape[1] // step.shape[1]) if size == -1 else size, 1)[:, : codes.shape[1]]
-            square += float(((now - base) / steps).double().square().sum())
+            bits, size = layer.precision.bits, layer.precision.group_size
+            for now, base, step, zero in _rows(layer, self._read(name.removesuffix("/latent"))):
+                codes, old = (grid_codes(weight, step, zero, bits, size) for weight in (now, base))
+                count += codes.numel()
+                changed += int((codes != old).sum())
+                edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
+                steps = step.repeat_interleave(-(-codes.shape[1] // step.shape[1]) if size == -1 else size, 1)[:, : codes.shape[1]]
+                square += float(((now - base) / steps).double().square().sum())
         return {"weights": count, "changed": changed / count, "saturated": edge / count, "rms_steps": math.sqrt(square / count)}
 
     def warning(self, coef: float, steps: int) -> str | None:
@@ -163,6 +166,16 @@ class Latent:
         if most < 1e-3:
             return f"{said}: hardly a code will ever change. Raise lr."
         return f"{said}, of a grid of {top} steps: codes will pile up at its ends. Lower lr." if chance > top / 4 else None
+
+
+def _rows(layer: FakeQuantLinear, base: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """S, that of the base's weights, step and zero of some rows at a time: little of a large layer is in memory twice."""
+    s_in, s_out = layer.scales()
+    for rows in torch.arange(len(base)).split(max(1, _PART // base.shape[1])):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        pair = [weight[part].to(layer.step.device, torch.float32) for weight in (layer.latent(), base)]
+        pair = pair if s_in is None else [weight * s_in for weight in pair]
+        yield *(pair if s_out is None else [weight / s_out[part, None] for weight in pair]), layer.step[part], layer.zero[part]
 
 
 def _check(layers: dict[str, FakeQuantLinear], relative: bool, realized: bool) -> None:
