@@ -14,9 +14,9 @@ from qzo.run import RunFolder
 _LOCAL = ("output_dir", "device_memory", "log_every", "save_every", "track", "offload", "threads")
 _LOAD = {
     "hf": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({where})",
+    "zeroqat": "import qzo\n\nmodel = qzo.load_model({where}).model",
     "peft": "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, {where})",
 }
-_LOAD |= dict.fromkeys(("packed", "zeroqat"), "import qzo\n\nmodel = qzo.load_model({where}).model")
 _LOAD_QUANTIZED = """import qzo  # lets transformers read the format without further packages
 from transformers import AutoModelForCausalLM
 

@@ -44,6 +44,7 @@ def _add_quantize(verbs: argparse._SubParsersAction) -> None:
                    help="gptq and zeroqat need --calibration; int8, nf4 and fp4 are those of bitsandbytes (default: gptq)")  # fmt: skip
     p.add_argument("--bits", type=int, choices=(2, 3, 4, 6, 8), help="6: zeroqat alone (default: 4, for int8 8)")
     p.add_argument("--activations", type=int, choices=(4, 6, 8, 16), help="bits of activations, for zeroqat (default: 16, not quantized)")
+    p.add_argument("--no-compensation", action="store_true", help="zeroqat: leave the latents where the weights are, not where GPTQ would round to")
     p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1),
                    help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64, for zeroqat with low-bit activations -1)")  # fmt: skip
     sym = p.add_mutually_exclusive_group()
@@ -73,7 +74,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     summary = quantize_model(
         args.model, args.out, args.method, args.bits, args.group_size, args.sym, args.desc_act, args.format,
-        args.calibration, args.samples, args.max_length, args.device, progress, args.restart, args.activations,
+        args.calibration, args.samples, args.max_length, args.device, progress, args.restart, args.activations, not args.no_compensation,
     )  # fmt: skip
     if "bar" in shown:
         shown["bar"].close()

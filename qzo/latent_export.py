@@ -95,7 +95,7 @@ def _documents(loaded: LoadedModel, format: str) -> tuple[dict[str, Any], dict[s
     if format == "zeroqat":
         return config.to_dict(), {}
     if format == "packed":
-        return document(config.bits, config.group_size, config.activations), {}
+        return document(config), {}
     said = GptqConfig(config.bits, config.group_size, False, False, "gptq_v2").to_dict()
     return said, {"quantize_config.json": said}
 

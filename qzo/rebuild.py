@@ -134,7 +134,8 @@ def replay(
     directions = header["directions"]
     for start in range(0, len(records), REPLAY_CHUNK):
         chunk = records[start : start + REPLAY_CHUNK]
-        coefs = torch.zeros(len(header["groups"]), REPLAY_CHUNK, directions)
+        # A kernel is compiled for a number of steps; a step of zeros moves nothing, but on a CPU it takes its time.
+        coefs = torch.zeros(len(header["groups"]), 1 << (len(chunk) - 1).bit_length(), directions)
         for i, record in enumerate(chunk):
             coefs[:, i] = torch.from_numpy(record.coefs.copy()).view(-1, directions)
         for group, rows in zip(header["groups"], coefs, strict=True):

@@ -2,7 +2,8 @@
 
 transformers claims the formats that qzo reads (GPTQ, AWQ, AQLM, compressed-tensors) and asks for other packages to read them. A name
 of our own in config.json would keep every other reader out, and transformers gives a model random weights under a name
-that it does not know. So the names stay, and qzo steps in only for what would otherwise be an ImportError.
+that it does not know. So the names stay, and qzo steps in only for what would otherwise be an ImportError; a packed checkpoint of ZeroQAT,
+with its grids of activations, has no other reader, and the one name of our own.
 Nothing is imported here: transformers may come later, or never.
 """
 
@@ -27,8 +28,8 @@ def register() -> None:
 def _register(tables: ModuleType) -> None:
     from qzo.model.pretrained import CheckpointConfig, CheckpointQuantizer
 
-    for method, packages in NEEDED.items():
-        if any(find_spec(package) is None for package in packages):
+    for method, packages in {**NEEDED, "qzo_packed": ()}.items():
+        if not packages or any(find_spec(package) is None for package in packages):
             tables.AUTO_QUANTIZER_MAPPING[method] = CheckpointQuantizer
             tables.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
 

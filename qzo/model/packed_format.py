@@ -1,4 +1,4 @@
-"""A packed checkpoint of ZeroQAT on disk, as it is served: quant_method "qzo_packed", version 1, bits, group_size, activations.
+"""A packed checkpoint of ZeroQAT on disk, as it is served: quant_method "qzo_packed", version 1, bits, group_size, activations, smoothing.
 
 Per Linear(K -> N), of G groups: qweight int32 [ceil(K·f/32), N], qzeros int32 [G, ceil(N·f/32)] and scales fp32 [G, N], packed as GPTQ
 version 2 packs codes of f bits; f is bits, but 8 for codes of 6. bias fp32 [N] where the Linear or its smoothing has one. span fp32 [1]
@@ -18,8 +18,9 @@ from qzo.model import gptq_format
 from qzo.model.files import Folder
 from qzo.model.packing import Packed, field
 from qzo.model.qat import FoldedNorm, quantize_operands
+from qzo.model.smoothing import places
 from qzo.model.uniform import CPU, InputGrid, LayerTensors, Moved, Quantization, exact_tensor, raw_config
-from qzo.model.zeroqat_format import checked
+from qzo.model.zeroqat_format import LatentConfig, checked
 
 METHOD, VERSION = "qzo_packed", 1
 VERSIONS = ("packed",)
@@ -36,13 +37,14 @@ class PackedConfig(Quantization):
     version: str = "packed"
     width: int = 0
     activations: int = 16
+    smoothing: bool = False
 
     v2 = True  # for gptq_format: zero points are stored plainly
 
 
-def document(bits: int, group_size: int, activations: int) -> dict[str, Any]:
-    """config.json's quantization_config."""
-    return {"quant_method": METHOD, "version": VERSION, "bits": bits, "group_size": group_size, "activations": activations}
+def document(config: LatentConfig) -> dict[str, Any]:
+    """config.json's quantization_config for what a latent checkpoint is packed to."""
+    return {**config.to_dict(), "quant_method": METHOD, "version": VERSION}
 
 
 def read_config(folder: Folder) -> PackedConfig | None:
@@ -50,10 +52,10 @@ def read_config(folder: Folder) -> PackedConfig | None:
     found = raw_config(folder)
     if found is None:
         return None
-    bits, size, activations = checked(*found, VERSION)
+    bits, size, activations, smoothing = checked(*found, VERSION)
     if activations < 16 and size != -1 and size % 32:
         raise BadInput(found[1], f"group_size {size} with activations of {activations} bits", "a multiple of 32, or -1 for whole rows")
-    return PackedConfig(field(bits), size, width=bits, activations=activations)
+    return PackedConfig(field(bits), size, width=bits, activations=activations, smoothing=smoothing)
 
 
 def write_linear(found: Packed, bits: int) -> dict[str, Tensor]:
@@ -98,14 +100,23 @@ def documents(folder: Folder, config: PackedConfig, version: str) -> tuple[dict,
 
 
 def prepare_model(model: nn.Module, folder: Folder, config: PackedConfig) -> None:
-    """Before the tensors of a model on meta are read: a bias for the norms that have one on disk, and attention that rounds q, k and v."""
-    for layer in model.get_decoder().layers:
-        layer.self_attn.operand_bits = config.activations
-    for name, module in list(model.named_modules()):
-        plain = getattr(module, "weight", None) is not None and hasattr(module, "variance_epsilon") and not hasattr(module, "bias")
-        if plain and f"{name}.bias" in folder:
-            norm = FoldedNorm(module, None)
-            norm.bias = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
-            model.set_submodule(name, norm)
+    """Before the tensors of a model on meta are read: attention that rounds q, k and v, and a bias for the norms that δ is folded into.
+
+    Raises BadInput for a Linear that lacks the shift of its input.
+    """
     if config.activations < 16:
         quantize_operands(model)
+    layers = model.get_decoder().layers
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    for number, layer in enumerate(layers):
+        layer.self_attn.operand_bits = config.activations
+        for place in places(layer).values() if config.smoothing else ():
+            for name in place.makers if place.site.shift is not None else ():
+                module = layer.get_submodule(name)
+                if getattr(module, "bias", None) is None and not isinstance(module, nn.Linear):
+                    norm = FoldedNorm(module, None)
+                    norm.bias = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
+                    layer.set_submodule(name, norm)
+            for name in () if place.makers else place.readers:
+                if f"{prefix}.{number}.{name}.shift" not in folder:
+                    raise BadInput(str(folder.path), f"no tensor {prefix}.{number}.{name}.shift", "every tensor of the model", "The checkpoint is incomplete.")

@@ -17,6 +17,7 @@ from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import format_of, is_quantized, read_config
 from qzo.model.linear import QuantLinear
+from qzo.model.packed_format import PackedConfig, prepare_model
 from qzo.model.uniform import Moved
 
 
@@ -47,6 +48,8 @@ class CheckpointQuantizer(HfQuantizer):
         self.path = Path(checkpoint_files[0]).parent
         folder = Folder(self.path)
         config = read_config(folder)
+        if isinstance(config, PackedConfig):
+            prepare_model(model, folder, config)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and is_quantized(folder, name, config):
                 module.weight = module.bias = None

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from qzo_kernels.ops import full_precision_sums
 from qzo_kernels.ops_qat import LatentNoise, effective_weight
-from qzo_kernels.reference_qat import FLOOR, clipped_grid, fake_quantize_rows
+from qzo_kernels.reference_qat import FLOOR, clipped_grid, fake_quantize_rows, smoothed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,12 +100,9 @@ class FakeQuantLinear(nn.Module):
         """W [N, K] on the device, for operations that are launched before another layer's is asked for."""
         return self.weight.data if self.source is None else self.source()
 
-    def smoothed(self, weight: Tensor | None = None) -> Tensor:
-        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K], of W or of another weight like it."""
-        weight, (s_in, s_out) = (self.latent() if weight is None else weight).float(), self.scales()
-        if s_in is not None:
-            weight = weight * s_in
-        return weight if s_out is None else weight / s_out[:, None]
+    def smoothed(self) -> Tensor:
+        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K]."""
+        return smoothed(self.latent().float(), *self.scales())
 
     def grid(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(Δ, z) fp32 [N, G] of the tensors as they are now."""

@@ -20,12 +20,16 @@ BITS = (2, 3, 4, 6, 8)
 
 @dataclass(frozen=True)
 class LatentConfig(Quantization):
-    """bits of a token's channels, and of q, k, v, beside those of weights; 16: none. smoothing: the layers have sites."""
+    """bits of a token's channels, and of q, k, v, beside those of weights; 16: none. smoothing: the layers have sites.
+
+    compensation, which a reader need not know: the latents are those of quantize/compensate.py.
+    """
 
     sym: bool = False
     version: str = "zeroqat"
     activations: int = 16
     smoothing: bool = False
+    compensation: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -34,7 +38,7 @@ class LatentConfig(Quantization):
     def to_dict(self) -> dict[str, Any]:
         """config.json's quantization_config."""
         return {"quant_method": METHOD, "version": VERSION, "bits": self.bits, "group_size": self.group_size,
-                "activations": self.activations, "smoothing": self.smoothing}  # fmt: skip
+                "activations": self.activations, "smoothing": self.smoothing, "compensation": self.compensation}  # fmt: skip
 
 
 def latent_config(folder: Folder) -> LatentConfig | None:
@@ -42,19 +46,18 @@ def latent_config(folder: Folder) -> LatentConfig | None:
     found = raw_config(folder)
     if found is None or found[0].get("quant_method") != METHOD:
         return None
-    raw, where = found
-    bits, group_size, activations = checked(raw, where, VERSION)
-    if type(raw.get("smoothing")) is not bool:
-        raise BadInput(where, f"smoothing {raw.get('smoothing')!r}", "true or false")
-    return LatentConfig(bits, group_size, activations=activations, smoothing=raw["smoothing"])
+    bits, group_size, activations, smoothing = checked(*found, VERSION)
+    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing, compensation=found[0].get("compensation") is True)
 
 
-def checked(raw: dict, where: str, version: int) -> tuple[int, int, int]:
-    """bits, group_size and activations of a quantization_config of this project's own formats. Raises BadInput, by name."""
+def checked(raw: dict, where: str, version: int) -> tuple[int, int, int, bool]:
+    """bits, group_size, activations and smoothing of a quantization_config of this project's own formats. Raises BadInput, by name."""
     if type(raw.get("version")) is not int or raw["version"] != version:
         raise BadInput(where, f"version {raw.get('version')!r} of {raw.get('quant_method')}", f"version {version}", "It may need another qzo.")
     check_bits(where, raw.get("bits"), BITS, "2, 3, 4, 6 or 8")
     check_group_size(where, raw.get("group_size"))
     if type(raw.get("activations")) is not int or raw["activations"] not in ACTIVATION_BITS:
         raise BadInput(where, f"activations {raw.get('activations')!r}", "4, 6, 8 or 16")
-    return raw["bits"], raw["group_size"], raw["activations"]
+    if type(raw.get("smoothing")) is not bool:
+        raise BadInput(where, f"smoothing {raw.get('smoothing')!r}", "true or false")
+    return raw["bits"], raw["group_size"], raw["activations"], raw["smoothing"]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def quantize_model(
     model: str, out: str | Path, method: str = "gptq", bits: int | None = None, group_size: int | None = None, sym: bool = True,
     desc_act: bool = False, format: str | None = None, calibration: str | None = None, samples: int = 128,
     max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None, restart: bool = False,
-    activations: int | None = None,
+    activations: int | None = None, compensation: bool = True,
 ) -> dict:  # fmt: skip
     """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
 
@@ -36,7 +37,7 @@ def quantize_model(
     context) from `calibration`; rtn, and bitsandbytes' int8, nf4 and fp4, need none. None: 4 bits, groups of 128 and the format gptq;
     for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps the weights and writes a quantizer beside them, for weights with
     a zero point per group and for `activations` of 4, 6, 8 or 16 bits (None: 16, which is none), its group_size by default -1 with
-    activations below 16. `progress(linears done, in all, text)` is called first and after each set
+    activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are. `progress(linears done, in all, text)` is called first and after each set
     of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
     error of the Linears' outputs on the calibration inputs (zeroqat: of the layers'), of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
@@ -49,6 +50,7 @@ def quantize_model(
     from qzo.model.files import Folder
     from qzo.model.load import load_tokenizer, pick_device, pick_dtype, skeleton
     from qzo.quantize.calibration import load_windows
+    from qzo.quantize.compensate import BITS as COMPENSATED
     from qzo.quantize.resume import LayerWriter, settings_of
     from qzo.quantize.bnb import METHODS as LIBRARY
     from qzo.quantize.bnb import BnbWalk
@@ -57,6 +59,8 @@ def quantize_model(
 
     begin = time.monotonic()
     config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length, activations)
+    if method == "zeroqat":
+        config = replace(config, compensation=compensation and config.bits in COMPENSATED)
     folder = Folder(model)
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
@@ -69,7 +73,7 @@ def quantize_model(
     with LayerWriter(out, settings_of(folder, config, method, windows, where.type, str(dtype)), restart) as writer:
         arguments = (network, folder, config, where, dtype)
         if method == "zeroqat":
-            walk = LatentWalk(*arguments)
+            walk = LatentWalk(network, folder, config, where)
         else:
             walk = BnbWalk(method, *arguments) if method in LIBRARY else Walk(*arguments)
         path = _write(walk, windows, names, writer, progress or (lambda *_: None))
@@ -109,7 +113,7 @@ def _write(
             do = "Use device=cpu, or a smaller max_length" + (f", with restart. {KEPT}" if writer.layers else ".")
             raise OutOfMemory("quantize", str(error).splitlines()[0], "", do) from error
         check()
-        _copy_rest(walk.folder, walk.model, [] if walk.config.version == "zeroqat" else names, writer)
+        _copy_rest(walk.folder, walk.model, names, writer)
         walk.folder.copy_side_files(writer.partial)
         check()
         document, extra = walk.documents(names)

@@ -20,10 +20,12 @@ BLOCK = 128
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def quantize_weight(weight: Tensor, config: GptqConfig, hessian: Tensor) -> Quantized:
+def quantize_weight(
+    weight: Tensor, config: GptqConfig, hessian: Tensor, grid: tuple[Tensor, Tensor] | None = None
+) -> Quantized:  # fmt: skip
     """Quantize weight fp32 [N, K] for inputs of second moment `hessian` fp32 [K, K], up to a factor.
 
-    Raises RunFailed when the Hessian cannot be inverted even with heavy damping: it is not finite.
+    grid: (scales, zeros) fp32 [N, G] to round on; None: fitted to each group as it is reached. Raises RunFailed when the Hessian cannot be inverted even with heavy damping: it is not finite.
     """
     rows, cols = weight.shape
     order, g_idx = column_order(hessian.diagonal(), config)
@@ -39,7 +41,7 @@ def quantize_weight(weight: Tensor, config: GptqConfig, hessian: Tensor) -> Quan
     stop = 0
     for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
         start, stop = stop, stop + size
-        scale, zero = fit_grid(w[start:stop].t(), config, pivots[start:stop] ** -2)
+        scale, zero = [part[:, group, None] for part in grid] if grid else fit_grid(w[start:stop].t(), config, pivots[start:stop] ** -2)
         scales[:, group], zeros[:, group] = scale[:, 0], zero[:, 0].to(torch.uint8)
         for a in range(start, stop, BLOCK):
             b = min(a + BLOCK, stop)

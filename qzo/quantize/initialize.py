@@ -8,7 +8,8 @@ is measured: what this layer adds, for nothing that is searched here could make 
 divides by a token's size. In this order:
 1. smoothing, site by site (only with low-bit activations): δ on or off, exponent a of the rule s = max|X - δ|^a / max|W|^(1 - a), or no scale;
 2. by sets of Linears with one input, in call order: the span of its tokens' grids (only with low-bit activations); then the clipping of their
-   weights (quantize/clipping.py), on the inputs that the quantized Linears before them produce. Kept only where they lower E.
+   weights (quantize/clipping.py), on the inputs that the quantized Linears before them produce; then, with `compensation`, latents whose
+   rounding makes up for itself (quantize/compensate.py). Each kept only where it lowers E.
 
 Out comes per layer what a target moves later, `quantizer_state` of model/qat.py: {"<linear>.low", "<linear>.high": fp32 [N, G],
 "<linear>.span": fp32 [1], "sites.<site>.scale", "sites.<site>.shift": fp32}.
@@ -24,10 +25,13 @@ from torch import Tensor, nn
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
 from qzo.model.load import fill, release
-from qzo.model.qat import FakeQuantLinear, Precision, load_quantizer_state, prepare_layer, quantize_operands, quantizer_state, refresh_layer
+from qzo.model.qat import FakeQuantLinear, Precision, prepare_layer, quantize_operands, quantizer_state, refresh_layer
 from qzo.model.smoothing import Place
 from qzo.quantize.clipping import search_bounds
+from qzo.quantize.compensate import BITS as COMPENSATED
+from qzo.quantize.compensate import compensated
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
+from qzo.quantize.ranges import Ranges
 
 PAPER, EXPONENTS = 0.75, (0.5, 0.65, 0.85, 1.0)
 SEARCH_TOKENS = 2048  # that all but the bounds are chosen on, in windows spread evenly
@@ -43,6 +47,7 @@ class Initialization:
     smoothing: bool
     clipping: bool
     spans: bool = True  # with clipping: of activations too. The paper has none
+    compensation: bool = False  # with clipping: the latents move as well. The paper has none of it either
 
 
 @torch.no_grad()
@@ -53,7 +58,7 @@ def initialize(
 ) -> None:  # fmt: skip
     """Search layer after layer of a model whose parameters are on meta; windows int64 [samples, length].
 
-    keep(index, tensors, √E) is given each layer's `quantizer_state`, on the CPU, when it is done; report(text) a line per choice.
+    keep(index, tensors, √E) is given each layer's `found`, on the CPU, when it is done; report(text) a line per choice.
     The first `done` layers are not searched: read(name) gives what `keep` was given, by the layer's name and the tensor's.
     Raises BadInput for weights that are not finite, RunFailed for such outputs of a layer.
     """
@@ -68,25 +73,44 @@ def initialize(
                 raise BadInput(f"{folder.path}, {name}.{inner}", "infinities or NaN", "finite weights")
         if index < done:
             prepare_layer(layer, what.precision, what.smoothing)
-            load_quantizer_state(layer, {inner: read(f"{name}.{inner}") for inner in quantizer_state(layer)})
+            restore(layer, {inner: read(f"{name}.{inner}") for inner in found(layer)})
         else:
-            block = Block(layer, hidden, kwargs[index], device, report)
+            stored = folder.read(f"{name}.{next(inner for inner, module in layer.named_modules() if isinstance(module, nn.Linear))}.weight").dtype
+            block = Block(layer, hidden, kwargs[index], device, stored, report)
             if not bool(block.wanted.isfinite().all()):
                 raise RunFailed(name, "activations that are not finite", "finite ones", "Check the model's weights and the calibration text.")
             block.search(what)
             error = block.error() ** 0.5
             report(f"layer {index}: error {error:.4f}")
-            keep(index, {inner: tensor.cpu() for inner, tensor in quantizer_state(layer).items()}, error)
+            keep(index, {inner: tensor.cpu() for inner, tensor in found(layer).items()}, error)
         for i, part in enumerate(hidden):
             hidden[i] = run_layer(layer, part.to(device), kwargs[index]).cpu()
         release(layer)
 
 
-class Block:
-    """One decoder layer, still of 16 bits; `hidden` are its inputs [windows, length, H] in the quantized model, by parts."""
+def found(layer: nn.Module) -> dict[str, Tensor]:
+    """`quantizer_state` of a prepared layer, and its latents [N, K]."""
+    fakes = ((name, module) for name, module in layer.named_modules() if isinstance(module, FakeQuantLinear))
+    return quantizer_state(layer) | {f"{name}.weight": module.weight.data for name, module in fakes}
 
-    def __init__(self, layer: nn.Module, hidden: list[Tensor], kwargs: dict, device: torch.device, report: Callable[[str], None]):
-        self.layer, self.hidden, self.kwargs, self.device, self.report = layer, hidden, kwargs, device, report
+
+def restore(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """What `found` gave, into a layer prepared in the same way."""
+    for name, tensor in found(layer).items():
+        tensor.copy_(tensors[name])
+    refresh_layer(layer)
+
+
+class Block:
+    """One decoder layer, still of 16 bits; `hidden` are its inputs [windows, length, H] in the quantized model, by parts.
+
+    stored: the dtype in which latents will be written.
+    """
+
+    def __init__(
+        self, layer: nn.Module, hidden: list[Tensor], kwargs: dict, device: torch.device, stored: torch.dtype, report: Callable[[str], None]
+    ):  # fmt: skip
+        self.layer, self.hidden, self.kwargs, self.device, self.stored, self.report = layer, hidden, kwargs, device, stored, report
         windows = [window for part in hidden for window in part]
         self.some = torch.stack(windows[:: max(1, len(windows) * len(windows[0]) // SEARCH_TOKENS)]).to(device)
         self.wanted = run_layer(layer, self.some, kwargs)
@@ -105,14 +129,14 @@ class Block:
                 self._smooth(name, place, ranges[name])
         if what.clipping:
             for names in self._sets(linears):
-                self._clip(names, linears, what.spans)
+                self._clip(names, linears, what)
 
     def error(self) -> float:
         """E on some of the windows."""
         lost = (run_layer(self.layer, self.some, self.kwargs).float() - self.wanted.float()).square().sum(-1)
         return float((lost / self.wanted.float().square().sum(-1).clamp_(min=1e-30)).mean())
 
-    def _ranges(self, places: dict[str, Place]) -> dict[str, "Ranges"]:
+    def _ranges(self, places: dict[str, Place]) -> dict[str, Ranges]:
         """What goes through the sites of the prepared layer while they are all at 1 and 0."""
         ranges, handles = {}, []
         for name, place in places.items():
@@ -132,7 +156,7 @@ class Block:
             handle.remove()
         return ranges
 
-    def _smooth(self, name: str, place: Place, ranges: "Ranges") -> None:
+    def _smooth(self, name: str, place: Place, ranges: Ranges) -> None:
         """δ by the exponent of the paper, then the exponent; nothing at all where nothing helps."""
         site, none = place.site, None if place.site.shift is None else torch.zeros_like(place.site.shift)
         shifts = [none] if none is None else [none, ranges.inputs.middle()]
@@ -179,26 +203,37 @@ class Block:
             handle.remove()
         return sets
 
-    def _clip(self, names: list[str], linears: dict[str, FakeQuantLinear], spans: bool) -> None:
-        if spans and linears[names[0]].span is not None:
+    def _clip(self, names: list[str], linears: dict[str, FakeQuantLinear], what: Initialization) -> None:
+        if what.spans and linears[names[0]].span is not None:
             self._span([linears[name] for name in names])
         if linears[names[0]].low is None:
             return
-        hessian, before, old = self._hessian(linears[names[0]]), self.error(), []
+        hessian = self._hessian(linears[names[0]])
+
+        def clip(linear: FakeQuantLinear) -> None:
+            linear.low.data, linear.high.data = search_bounds(linear.smoothed(), linear.precision.bits, linear.precision.group_size, hessian)
+
+        def compensate(linear: FakeQuantLinear) -> None:
+            linear.weight.data = compensated(linear, hessian).to(self.stored).to(linear.weight.dtype)
+
+        self._attempt("clipping", names, linears, clip)
+        if what.compensation and what.precision.bits in COMPENSATED:
+            self._attempt("compensation", names, linears, compensate)
+
+    def _attempt(self, what: str, names: list[str], linears: dict[str, FakeQuantLinear], change: Callable[[FakeQuantLinear], None]) -> None:
+        """Change Linears of one input; change them back where the error is no lower."""
+        before, old = self.error(), {}
         for name in names:
             linear = linears[name]
-            old.append((linear.low.data.clone(), linear.high.data.clone()))
-            low, high = search_bounds(linear.smoothed(), linear.precision.bits, linear.precision.group_size, hessian)
-            linear.low.data.copy_(low)
-            linear.high.data.copy_(high)
+            old[name] = (linear.low.data, linear.high.data, linear.weight.data)
+            change(linear)
             linear.refresh()
         after = self.error()
-        self.report(f"  {' '.join(name.rpartition('.')[2] for name in names)}: clipping, error {before ** 0.5:.4f} -> {after ** 0.5:.4f}")
+        self.report(f"  {' '.join(name.rpartition('.')[2] for name in names)}: {what}, error {before ** 0.5:.4f} -> {after ** 0.5:.4f}")
         if after < before:
             return
-        for name, (low, high) in zip(names, old, strict=True):
-            linears[name].low.data.copy_(low)
-            linears[name].high.data.copy_(high)
+        for name, tensors in old.items():
+            linears[name].low.data, linears[name].high.data, linears[name].weight.data = tensors
             linears[name].refresh()
 
     def _span(self, linears: list[FakeQuantLinear]) -> None:
@@ -229,39 +264,3 @@ class Block:
         handle.remove()
         mirror_upper(hessian)
         return hessian
-
-
-class Extent:
-    """Smallest and largest value by entry."""
-
-    def __init__(self, entries: int, device: torch.device):
-        self.low, self.high = (torch.full((entries,), sign * float("inf"), device=device) for sign in (1, -1))
-
-    def add(self, x: Tensor, index: Tensor | None) -> None:
-        """x [..., C] of channels whose entries are index [C]."""
-        low, high = x.float().reshape(-1, x.shape[-1]).aminmax(dim=0)
-        at = torch.arange(len(low), device=low.device) if index is None else index
-        self.low.scatter_reduce_(0, at, low, "amin")
-        self.high.scatter_reduce_(0, at, high, "amax")
-
-    def middle(self) -> Tensor:
-        return (self.low + self.high) / 2
-
-    def largest(self, shift: Tensor | None) -> Tensor:
-        """max |x - shift|."""
-        shift = 0.0 if shift is None else shift
-        return torch.maximum((self.low - shift).abs(), (self.high - shift).abs())
-
-
-class Ranges:
-    """Of a site: its X in `inputs`; what it is multiplied by in `keys`, the weights of its readers, or k for q."""
-
-    def __init__(self, entries: int, device: torch.device):
-        self.inputs, self.keys = Extent(entries, device), Extent(entries, device)
-
-    def scale(self, exponent: float, shift: Tensor | None) -> Tensor:
-        """s = max|X - δ|^a / max|W|^(1 - a), its geometric mean 1."""
-        logs = [extent.clamp(min=1e-5).log() for extent in (self.inputs.largest(shift), self.keys.largest(None))]
-        log = exponent * logs[0] - (1 - exponent) * logs[1]
-        return (log - log.mean()).exp()
-

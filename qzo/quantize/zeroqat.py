@@ -30,17 +30,21 @@ def settings(bits: int | None, group_size: int | None, activations: int | None) 
         raise BadInput("activations", str(activations), ", ".join(map(str, ACTIVATION_BITS)))
     if group_size != -1 and group_size < 1:
         raise BadInput("group_size", str(group_size), "a positive whole number, or -1 for whole rows")
+    if activations < 16 and group_size != -1 and group_size % 32:
+        raise BadInput("group_size", f"{group_size} with activations of {activations} bits", "a multiple of 32, or -1: products are of integers")
     return LatentConfig(bits, group_size, activations=activations, smoothing=activations < 16)
 
 
 class LatentWalk:
-    """As quantize/walk.py's Walk is, for `quantizer_state` of every decoder layer; `say(text)` is called for every choice within one.
+    """As quantize/walk.py's Walk is, for the quantizer and the latents of every decoder layer; `say(text)` is called for every choice within one.
+
+    In fp32, whatever the device: choices are by small differences of errors.
 
     The error of a layer stands for each of its Linears: that of its output, relative, by what the layer itself adds.
     """
 
-    def __init__(self, model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device, dtype: torch.dtype):
-        self.model, self.folder, self.config, self.device, self.dtype = model, folder, config, device, dtype
+    def __init__(self, model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device):
+        self.model, self.folder, self.config, self.device = model, folder, config, device
         self.prefix, self.layers = decoder_layers(model)
         self.say: Callable[[str], None] = lambda text: None
         if config.smoothing:
@@ -61,7 +65,8 @@ class LatentWalk:
         def keep(index: int, state: dict[str, Tensor], error: float) -> None:
             prefix = f"{self.prefix}.{index}"
             for name, tensor in state.items():
-                writer.add(f"{prefix}.{name}", tensor)
+                stored = self.folder.read(f"{prefix}.{name}").dtype if name.endswith(".weight") else tensor.dtype
+                writer.add(f"{prefix}.{name}", tensor.to(stored))
             names = [f"{prefix}.{name}" for name in linears[index]]
             writer.end_layer([error] * len(names))
             report(names, error)
@@ -70,5 +75,5 @@ class LatentWalk:
             check()
             self.say(text)
 
-        what = Initialization(self.config.precision, self.config.smoothing, clipping=True)
-        initialize(self.model, self.folder, windows, what, self.device, self.dtype, keep, said, done, writer.read)
+        what = Initialization(self.config.precision, self.config.smoothing, clipping=True, compensation=self.config.compensation)
+        initialize(self.model, self.folder, windows, what, self.device, torch.float32, keep, said, done, writer.read)

@@ -68,6 +68,7 @@ def test_ties_go_to_even(quantize):
 
 @EITHER
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_a_broken_row_is_never_hidden(quantize, bits):
     """A NaN, an infinity, or a grid beyond fp32 makes scale and shift NaN; zeros, constants and large rows are sound."""
     x = torch.ones(8, 40, device=DEVICE)
@@ -223,3 +224,16 @@ def test_no_columns_and_half_of_a_pair_are_named():
     w, scales = torch.zeros(17, 64, dtype=torch.int8, device=DEVICE), torch.ones(1, 17, 1, device=DEVICE)
     with pytest.raises(ValueError, match="wsum: None; expected a tensor"):
         ops_asym.ops_a8.a8_matmul(xq, scale, w, scales, 64, torch.float32, shift=shift)
+
+
+def test_a_broken_row_stays_broken_and_no_rows_are_no_launch():
+    _, words, scales, zeros = weight(4, 17, 256, 128, "each")
+    csum = ops_asym.code_sums(words, zeros, 4, 128, 256)
+    x = rows_of("both", 5, 256)
+    x[2, 7] = float("inf")
+    xq, x_scale, point = launch_quantize_rows_asym(x, 4, None, 4)
+    launched = launch_a8_packed(xq, x_scale, words, scales, zeros, 4, 128, 256, torch.float32, shift=point, csum=csum)
+    for y in (launched, ops_asym.quant_matmul_asym(x, words, scales, zeros, csum, 4, 128, 4)):
+        assert bool(y[2].isnan().all()) and bool(y[[0, 1, 3, 4]].isfinite().all())
+    assert ops_asym.quant_matmul_asym(x[:0], words, scales, zeros, csum, 4, 128, 4).shape == (0, 17)
+    assert launch_quantize_rows_asym(x[:0], 4, None)[0].shape == (0, 256)

@@ -11,7 +11,7 @@ from tiny_runs import write_recipe
 from tiny_scripts import script
 from transformers.quantizers import auto
 from transformers.utils import import_utils
-from wheels import install, used_by_transformers
+from wheels import install, libraries
 
 from qzo.cli import main
 from qzo.errors import BadInput
@@ -23,8 +23,8 @@ KINDS = {"1x16": (1, 16), "2x8": (2, 8)}
 
 @pytest.fixture(scope="session", autouse=True)
 def library(pytestconfig, tmp_path_factory):
-    folder = install(pytestconfig, tmp_path_factory, "aqlm-1.1.7", "aqlm/inference.py", "aqlm==1.1.7")
-    with used_by_transformers(folder, "aqlm", auto.AqlmHfQuantizer, auto.AqlmConfig):
+    folder = install(pytestconfig, tmp_path_factory, "aqlm-1.1.7")
+    with libraries.used_by_transformers(folder, "aqlm", auto.AqlmHfQuantizer, auto.AqlmConfig):
         import_utils.is_aqlm_available.cache_clear()
         yield
 

@@ -1,9 +1,5 @@
-"""auto-gptq 0.7.1's own packer and forward, as an independent reader and writer of the format.
+"""auto-gptq 0.7.1's own packer and forward, as an independent reader and writer of the format."""
 
-The package no longer imports beside transformers 5: its wheel is unpacked into the test cache and the one file loaded by path.
-"""
-
-import importlib.util
 from types import ModuleType
 
 import pytest
@@ -11,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import make_model, write_recipe
 from torch import nn
-from wheels import install
+from wheels import install, libraries
 
 from qzo.cli import main
 from qzo.model.gptq_format import GptqConfig
@@ -21,18 +17,10 @@ from qzo.quantize import quantize_model, rtn
 from qzo.quantize.walk import write_linear
 from qzo.rebuild import load_run
 
-FILE = "auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py"
-# The file is plain Python: one wheel serves every interpreter.
-PIP = ("--python-version=3.11", "--implementation=cp", "--platform=manylinux2014_x86_64", "auto-gptq==0.7.1")
-
 
 @pytest.fixture(scope="session")
 def auto_gptq(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    folder = install(pytestconfig, tmp_path_factory, "auto-gptq-0.7.1", FILE, *PIP)
-    spec = importlib.util.spec_from_file_location("autogptq_qlinear_cuda_old", folder / FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return libraries.auto_gptq(install(pytestconfig, tmp_path_factory, "auto-gptq-0.7.1"))
 
 
 @pytest.mark.parametrize("sym", [True, False])

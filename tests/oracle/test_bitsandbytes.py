@@ -1,7 +1,6 @@
 """bitsandbytes' own quantizers as writer and transformers' loading of their folders as reader, on a CPU."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from qzo_kernels.pack import untile_codes
 from round_trip import exports_hf, logits, our_logits, tensors_of, tune_and_export, untouched
 from safetensors.torch import save_file
 from tiny_runs import make_model, stop_at, write_recipe
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
+from wheels import libraries
 
 from qzo.cli import main
 from qzo.errors import Interrupted
@@ -31,6 +31,7 @@ FOUR = {
     "fp4 twice bf16": (torch.bfloat16, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}),
     "nf4 stored as bf16": (torch.float16, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16}),
 }
+write = libraries.write_bitsandbytes
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -38,15 +39,6 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 def base16(tmp_path_factory):
     """A 16-bit folder whose widths, 64 and 128, are whole blocks."""
     return make_model(tmp_path_factory.mktemp("bnb16") / "model", intermediate_size=128)
-
-
-def write(base, out, dtype=torch.float16, **how):
-    """The folder as transformers saves it."""
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**how), dtype=dtype)
-    model.save_pretrained(out)
-    for path in base.glob("tokenizer*"):
-        shutil.copy(path, out)
-    return out
 
 
 def theirs(folder, dtype=torch.float16):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,10 @@ from round_trip import exports_hf, logits, our_logits, tensors_of, tune_and_expo
 from safetensors.torch import load_file
 from tiny_runs import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers import auto
-from transformers.utils import import_utils
-from wheels import install, used_by_transformers
+from wheels import install, libraries
 
 from qzo.model.load import load_model
 
-PIP = ("compressed-tensors==0.20.0", "loguru==0.7.3", "psutil")
 # bits, strategy, group size, symmetric, dtype of the model and its scales
 CASES = {
     "4 groups sym": (4, "group", 32, True, torch.float16),
@@ -33,12 +29,8 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @pytest.fixture(scope="module", autouse=True)
 def library(pytestconfig, tmp_path_factory):
-    folder = install(pytestconfig, tmp_path_factory, "compressed-tensors-0.20.0", "compressed_tensors/version.py", *PIP)
-    with used_by_transformers(folder, "compressed-tensors", auto.CompressedTensorsHfQuantizer, auto.CompressedTensorsConfig):
-        import_utils.is_compressed_tensors_available.cache_clear()
-        import compressed_tensors
-
-        yield compressed_tensors
+    with libraries.compressed_tensors(install(pytestconfig, tmp_path_factory, "compressed-tensors-0.20.0")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,35 +41,10 @@ def made(tmp_path_factory):
     def make(case):
         if case not in folders:
             folders[case] = tmp_path_factory.mktemp("ct") / "model"
-            write(base, folders[case], *CASES[case])
+            libraries.write_compressed(base, folders[case], *CASES[case])
         return folders[case]
 
     return make
-
-
-def write(base, out, bits, strategy, size, sym, dtype):
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    weights = QuantizationArgs(num_bits=bits, strategy=strategy, group_size=size, symmetric=sym)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized"))
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            rows, cols = module.weight.shape
-            groups = module.weight.data.float().view(rows, -1, size or cols)
-            scales, zeros = calculate_qparams(groups.amin(2), groups.amax(2), weights)
-            module.weight_scale.data = scales.to(dtype)
-            if not sym:
-                module.weight_zero_point.data = zeros.to(module.weight_zero_point.dtype)
-    compressor = ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
-    compressor.compress_model(model)
-    model.save_pretrained(out)
-    compressor.update_config(out)
-    for path in base.glob("tokenizer*"):
-        shutil.copy(path, out)
 
 
 def their_logits(folder, dtype, dequantize=True):
@@ -134,7 +101,7 @@ def test_what_is_left_out_stays_dense(made):
 @pytest.fixture(scope="module")
 def older(pytestconfig, tmp_path_factory):
     """older(verb, *paths) runs reordered.py."""
-    folder = install(pytestconfig, tmp_path_factory, "compressed-tensors-0.9.4", "compressed_tensors/version.py", "compressed-tensors==0.9.4")
+    folder = install(pytestconfig, tmp_path_factory, "compressed-tensors-0.9.4")
 
     def run(*arguments):
         command = [sys.executable, str(Path(__file__).with_name("reordered.py")), *map(str, arguments)]

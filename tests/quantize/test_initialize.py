@@ -100,7 +100,7 @@ def test_the_same_again_and_what_is_kept(tiny):
     assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
     shapes = {name: tuple(tensor.shape) for name, tensor in first[0].items()}
     assert shapes["mlp.down_proj.low"] == shapes["mlp.down_proj.high"] == (64, 3)
-    assert shapes["sites.query_key.scale"] == (16,) and shapes["sites.inner.shift"] == (96,) and len(shapes) == 5 * 7 + 9
+    assert shapes["sites.query_key.scale"] == (16,) and shapes["sites.inner.shift"] == (96,) and len(shapes) == 6 * 7 + 9
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in first[0].values())
 
 

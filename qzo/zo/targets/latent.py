@@ -10,13 +10,13 @@ signal-to-noise of u is 0.02, 0.25, 0.7 at ε = 0.01, 0.1, 0.3 steps, that of r 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from qzo_kernels import ops_qat
-from qzo_kernels.reference_qat import grid_codes
+from qzo_kernels.reference_qat import grid_codes, smoothed
 from torch import Tensor, nn
 
 from qzo.model.qat import FakeQuantLinear
@@ -24,7 +24,7 @@ from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo, layers_under_noise
 
 
-_PART = 1 << 21  # weights of which statistics are made at a time
+_AT_ONCE = 1 << 21  # elements that statistics look at: intermediate tensors of some ten of these
 
 
 class Units(NamedTuple):
@@ -144,14 +144,8 @@ class Latent:
         mean square of all that the weights moved, in steps."""
         count, changed, edge, square = 0, 0, 0, 0.0
         for name, layer in self.layers.items():
-            bits, size = layer.precision.bits, layer.precision.group_size
-            for now, base, step, zero in _rows(layer, self._read(name.removesuffix("/latent"))):
-                codes, old = (grid_codes(weight, step, zero, bits, size) for weight in (now, base))
-                count += codes.numel()
-                changed += int((codes != old).sum())
-                edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
-                steps = step.repeat_interleave(-(-codes.shape[1] // step.shape[1]) if size == -1 else size, 1)[:, : codes.shape[1]]
-                square += float(((now - base) / steps).double().square().sum())
+            found = _compared(layer, layer.latent(), self._base(name, layer))
+            count, changed, edge, square = (a + b for a, b in zip((count, changed, edge, square), found, strict=True))
         return {"weights": count, "changed": changed / count, "saturated": edge / count, "rms_steps": math.sqrt(square / count)}
 
     def warning(self, coef: float, steps: int) -> str | None:
@@ -168,14 +162,19 @@ class Latent:
         return f"{said}, of a grid of {top} steps: codes will pile up at its ends. Lower lr." if chance > top / 4 else None
 
 
-def _rows(layer: FakeQuantLinear, base: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """S, that of the base's weights, step and zero of some rows at a time: little of a large layer is in memory twice."""
-    s_in, s_out = layer.scales()
-    for rows in torch.arange(len(base)).split(max(1, _PART // base.shape[1])):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        pair = [weight[part].to(layer.step.device, torch.float32) for weight in (layer.latent(), base)]
-        pair = pair if s_in is None else [weight * s_in for weight in pair]
-        yield *(pair if s_out is None else [weight / s_out[part, None] for weight in pair]), layer.step[part], layer.zero[part]
+def _compared(layer: FakeQuantLinear, weight: Tensor, base: Tensor) -> tuple[int, int, int, float]:
+    """Of two weights of a layer on its grid: (elements, codes that differ, codes of `weight` at an end, sum of squares of steps between them)."""
+    bits, size, (s_in, s_out) = layer.precision.bits, layer.precision.group_size, layer.scales()
+    columns = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] if size == -1 else size)
+    changed, edge, square = 0, 0, 0.0
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, _AT_ONCE // weight.shape[1])):
+        step, zero, out = layer.step[rows], layer.zero[rows], None if s_out is None else s_out[rows]
+        now, old = (smoothed(values[rows], s_in, out) for values in (weight, base))
+        codes, other = (grid_codes(values, step, zero, bits, size) for values in (now, old))
+        changed += int((codes != other).sum())
+        edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
+        square += float(((now - old) / step[:, columns]).double().square().sum())
+    return weight.numel(), changed, edge, square
 
 
 def _check(layers: dict[str, FakeQuantLinear], relative: bool, realized: bool) -> None:
