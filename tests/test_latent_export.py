@@ -40,7 +40,7 @@ def test_packed_by_the_command_line(latent, case, tmp_path, capsys):  # noqa: F8
     assert found.config.width == case[1] and found.config.activations == case[3] and not found.fakes and found.latent is None
     assert json.loads((out / "config.json").read_text())["quantization_config"] == {
         "quant_method": "qzo_packed", "version": 1, "bits": case[1], "group_size": case[2], "activations": case[3],
-        "smoothing": case[3] < 16}  # fmt: skip
+        "smoothing": case[3] < 16, "compensation": fake.latent.compensation}  # fmt: skip
     for name, layer in found.layers.items():
         expected = packed(fake.fakes[name]).parts()
         assert all(torch.equal(packed(layer).parts()[key], value) for key, value in expected.items()), name
