@@ -288,9 +288,27 @@ def test_bench_memory_runs_what_it_compares(tmp_path, monkeypatch, capsys):
     out = tmp_path / "memory.json"
     monkeypatch.setattr(sys, "argv", ["bench_memory", "--models", str(tmp_path), "--only", "tiny", "--steps", "3", "--out", str(out)])
     script("bench_memory").main()
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["exit"] == 0 and row["peak_gb"] > 0.1 and row["ms_per_step"] > 0 and row["estimate_gb"] == 0.0, "a model of kilobytes"
-    assert not (tmp_path / "tiny-w4").exists() and "tiny" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [("method=zeroqat" in row["keys"], "offload=latents" in row["keys"]) for row in rows] == [(False, False), (True, True)]
+    for row in rows:
+        assert row["exit"] == 0 and row["peak_gb"] > 0.1 and row["ms_per_step"] > 0 and row["estimate_gb"] == 0.0, "a model of kilobytes"
+    assert not (tmp_path / "tiny-w4").exists() and not (tmp_path / "tiny-latent2").exists() and "tiny" in capsys.readouterr().out
+
+
+def test_bench_memory_compares_streamed_rows_with_the_same_step():
+    bench = script("bench_memory")
+    same = {"model": "m", "bits": 2, "size": "1x64"}
+    rows = [same | {"keys": " ".join(bench.STREAMED), "ms_per_step": 200.0, "bus_gb": 16.0, "back_gb": 8.0}, same | {"keys": "stacked=true", "ms_per_step": 20.0},
+            same | {"keys": " ".join(bench.LIGHT), "ms_per_step": 100.0}]  # fmt: skip
+    bench.streamed(rows, 50.0)
+    assert rows[0]["bus_gb_s"] == 80.0 and rows[0]["copy_ms"] == 160.0 and rows[0]["compute_ms"] == 100.0
+    assert rows[0]["hidden"] == pytest.approx(60 / 160) and "copy_ms" not in rows[2]
+
+
+def test_a_plan_says_what_crosses_the_bus():
+    said = "latents in host memory: 8.39 GB; 16.78 GB cross the bus in a step, 8.39 GB of them back\n"
+    found = script("bench_memory").planned(said)
+    assert found == {"bus_gb": 16.78, "back_gb": 8.39}
 
 
 def test_bench_quantize_memory_kills_and_continues(tmp_path, monkeypatch):
