@@ -1,6 +1,7 @@
-"""Triton kernel of `quantize_rows_asym`: rows of x to codes of up to 8 bits about a zero point of their own.
+"""Triton kernels of `quantize_rows_asym` and `fake_quantize_rows`: rows of x to codes of up to 8 bits about a zero point of their own,
+or to the numbers that these stand for.
 
-Compiled without floating-point contraction; it equals the reference's bits.
+Compiled without floating-point contraction; they equal the reference's bits.
 """
 
 import torch
@@ -15,6 +16,7 @@ from qzo_kernels.rounding import rint
 
 _INFINITY = tl.constexpr(0x7F800000)
 _FLOOR = tl.constexpr(FLOOR)
+_TILE = 1024  # elements per program at least, for narrow rows
 
 
 @triton.jit
@@ -97,3 +99,75 @@ def launch_quantize_rows_asym(x: Tensor, bits: int, span: Tensor | None, order: 
                 num_warps=max(1, min(4, held // 512)), enable_fp_fusion=False,
             )  # fmt: skip
     return q, scale, shift
+
+
+@triton.jit
+def _bounds(p_x, inside):
+    """(x in fp32, the least and the largest key of each row) of a tile."""
+    x = tl.load(p_x, mask=inside, other=0).to(tl.float32)
+    key = _key(x.to(tl.int32, bitcast=True))
+    return x, tl.min(tl.where(inside, key, 0x7FFFFFFF), 1), tl.max(tl.where(inside, key, -0x80000000), 1)
+
+
+@triton.jit
+def _put_fake(p_out, x, inside, step, zero, TOP: tl.constexpr):
+    # Not tl.minimum and tl.maximum, which would turn a NaN into a code.
+    code = rint(tl.div_rn(x, tl.zeros_like(x) + step)) + zero
+    code = tl.where(code < 0.0, 0.0, code)
+    code = tl.where(code > TOP, TOP * 1.0, code)
+    tl.store(p_out, ((code - zero) * step).to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fake_kernel(
+    p_out, p_x, p_span, rows, cols, TOP: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    p_x += (row * cols)[:, None]
+    p_out += (row * cols)[:, None]
+    col = tl.arange(0, WIDTH)[None, :]
+    x, least, most = _bounds(p_x + col, there & (col < cols))
+    if TAIL:
+        tail = WIDTH + tl.arange(0, TAIL)[None, :]
+        x_tail, low, high = _bounds(p_x + tail, there & (tail < cols))
+        least, most = tl.minimum(least, low), tl.maximum(most, high)
+    for i in range(1, CHUNKS):
+        _, low, high = _bounds(p_x + i * WIDTH + col, there & (i * WIDTH + col < cols))
+        least, most = tl.minimum(least, low), tl.maximum(most, high)
+    low, high = _key(least).to(tl.float32, bitcast=True), _key(most).to(tl.float32, bitcast=True)
+    if SPAN:
+        span = tl.load(p_span)
+        low, high = tl.where(low < 0, low * span, low), tl.where(high > 0, high * span, high)
+    step = tl.div_rn(high - low, tl.full((ROWS,), TOP, tl.float32))
+    step = tl.where(step < _FLOOR, _FLOOR, step)
+    zero = rint(tl.div_rn(-low, step))[:, None]
+    step = step[:, None]
+    for i in range(CHUNKS):
+        at = i * WIDTH + col
+        if CHUNKS > 1:
+            x = tl.load(p_x + at, mask=there & (at < cols), other=0).to(tl.float32)
+        _put_fake(p_out + at, x, there & (at < cols), step, zero, TOP)
+    if TAIL:
+        _put_fake(p_out + tail, x_tail, there & (tail < cols), step, zero, TOP)
+
+
+def _geometry(cols: int) -> tuple[int, dict[str, int]]:
+    """(rows of a program, constants of the launch): narrow rows share a program, a wide one is held in one or two pieces."""
+    held, tail = widths(cols) if cols > TILE else (max(16, triton.next_power_of_2(cols)), 0)
+    height, chunks = max(1, _TILE // held), 1 if tail else triton.cdiv(cols, held)
+    return height, {"ROWS": height, "WIDTH": held, "TAIL": tail, "CHUNKS": chunks, "num_warps": min(8, height * held // 512)}
+
+
+def launch_fake_quantize_rows(x: Tensor, bits: int, span: Tensor | None) -> Tensor:
+    """`reference_qat.fake_quantize_rows` on its device; x contiguous [M, C]."""
+    rows, cols = x.shape
+    out = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+    if rows:
+        height, constants = _geometry(cols)
+        with torch.cuda.device_of(x):
+            _fake_kernel[(triton.cdiv(rows, height),)](
+                out, x, span, rows, cols, TOP=(1 << bits) - 1, SPAN=span is not None, **constants, enable_fp_fusion=False
+            )
+    return out

@@ -1,13 +1,14 @@
 """Matmuls with asymmetric activations of 4, 6 or 8 bits, as torch custom operators `qzo::…`: a quantized row is scale·q + shift.
 
-y = scale·(q·Wᵀ) + shift ⊗ Σ_k W, the first product in int8 (ops_a8.py), the second a rank of one added where it is stored. What each
-computes is defined in reference_a8.py. Triton is imported by the first call that needs it.
+y = scale·(q·Wᵀ) + shift ⊗ Σ_k W, the first product in int8 (ops_a8.py), the second a rank of one added where it is stored. Beside them
+`fake_quantize_rows`, such rows as ZeroQAT sees them. What each computes is defined in reference_a8.py, of this one in reference_qat.py.
+Triton is imported by the first call that needs it.
 """
 
 import torch
 from torch import Tensor
 
-from qzo_kernels import ops, ops_a8, reference_a8
+from qzo_kernels import ops, ops_a8, reference_a8, reference_qat
 from qzo_kernels.checks import check_float, check_matmul, require, weight_in
 from qzo_kernels.reference_a8 import code_sums as code_sums  # what a weight needs beside its codes, once
 
@@ -47,6 +48,42 @@ def _(x, bits, span=None):
 def _(x, bits, span=None):
     scale = x.new_empty(len(x), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scale, torch.empty_like(scale)
+
+
+@torch.library.custom_op("qzo::fake_quantize_rows", mutates_args=())
+def _fake_quantize_rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tensor:
+    _check_rows(x, bits, span)
+    return reference_qat.fake_quantize_rows(x, bits, span)
+
+
+@_fake_quantize_rows.register_kernel("cuda")
+def _(x, bits, span=None):
+    _check_rows(x, bits, span)
+    from qzo_kernels.a8_asym import launch_fake_quantize_rows
+
+    return launch_fake_quantize_rows(x, bits, span)
+
+
+@_fake_quantize_rows.register_fake
+def _(x, bits, span=None):
+    return x.new_empty(x.shape)
+
+
+def fake_quantize_rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tensor:
+    """x̂ like x [..., C], each row by its own range: see `reference_qat.fake_quantize_rows`. 16 bits give x itself. No gradient.
+
+    bits 4, 6 or 8; span f32 [1], None is 1. A transposed x is read and written as it lies in memory, and x̂ lies as x does; only with
+    gaps or with columns apart is it copied first. ValueError names what does not fit.
+    """
+    if bits == 16:
+        return x
+    if not x.dim():
+        raise ValueError("x: no dimensions; expected [..., columns]")
+    last = x.dim() - 1
+    order = [*sorted(range(last), key=x.stride, reverse=True), last]
+    lying = x.permute(order).contiguous()
+    seen = _fake_quantize_rows(lying.flatten(0, -2) if last else lying[None], bits, span)
+    return seen.view(lying.shape).permute([order.index(d) for d in range(x.dim())])
 
 
 @torch.library.custom_op("qzo::a8_packed_asym", mutates_args=())

@@ -6,8 +6,8 @@ The modules are transformers' own, and so are the roundings: other shapes of the
 from weakref import WeakKeyDictionary
 
 import torch
+from qzo_kernels.ops_asym import fake_quantize_rows
 from qzo_kernels.ops_elementwise import rms_norm, rotary, silu_mul
-from qzo_kernels.reference_qat import fake_quantize_rows
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -38,8 +38,9 @@ from typing import Any
 
 import torch
 from qzo_kernels.ops import full_precision_sums
+from qzo_kernels.ops_asym import fake_quantize_rows
 from qzo_kernels.ops_qat import LatentNoise, effective_weight
-from qzo_kernels.reference_qat import FLOOR, clipped_grid, fake_quantize_rows, smoothed
+from qzo_kernels.reference_qat import FLOOR, clipped_grid, smoothed
 from torch import Tensor, nn
 from torch.nn import functional
 
