@@ -138,9 +138,13 @@ def effective_weight(
     else:
         states, eps, uid, rows, cols, is_gaussian = noise
         unit = _unit(weight.shape, group_size, rows, cols)
-        directions = ((_noise(weight, *state, uid, is_gaussian), e) for state, e in zip(states.tolist(), eps, strict=True))
-        seen = [weight + (u if unit is None else unit * u) * e for u, e in directions]
-    return torch.stack([fake_quantize(_smoothed(w, s_in, s_out), step, zero, bits, group_size).to(dtype) for w in seen])
+        seen, last = [], None
+        for state, e in zip(states.tolist(), eps, strict=True):
+            if state != last:
+                last, u = state, _noise(weight, *state, uid, is_gaussian)
+                moved = u if unit is None else unit * u
+            seen.append(weight + moved * e)
+    return torch.stack([fake_quantize(smoothed(w, s_in, s_out), step, zero, bits, group_size).to(dtype) for w in seen])
 
 
 def update_latent_(
@@ -168,7 +172,7 @@ def _realized(weight: Tensor, moved: Tensor, group_size: int, on: Realized) -> T
     """(q+ - q-) / (2·eps), in grid steps per eps."""
     eps = torch.tensor(on.eps, dtype=torch.float32, device=weight.device)
     plus, minus = (
-        grid_codes(_smoothed(weight + moved * e, on.s_in, on.s_out), on.step, on.zero, on.bits, group_size) for e in (eps, -eps)
+        grid_codes(smoothed(weight + moved * e, on.s_in, on.s_out), on.step, on.zero, on.bits, group_size) for e in (eps, -eps)
     )
     return (plus - minus) / (2 * eps)
 
@@ -177,7 +181,8 @@ def _codes(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (x / step).round_().add_(zero).clamp_(0, (1 << bits) - 1)
 
 
-def _smoothed(weight: Tensor, s_in: Tensor | None, s_out: Tensor | None) -> Tensor:
+def smoothed(weight: Tensor, s_in: Tensor | None, s_out: Tensor | None) -> Tensor:
+    """S = s_in ⊙ W ⊘ s_out of weight fp32 [N, K], s_in fp32 [K], s_out fp32 [N]; None for ones."""
     weight = weight if s_in is None else weight * s_in
     return weight if s_out is None else weight / s_out[:, None]
 

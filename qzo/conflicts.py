@@ -16,11 +16,12 @@ def conflicts(values: dict[str, Any]) -> list[Problem]:
                 problems.append((key, "nothing", "a number, because dense is true"))
     if values.get("clip") is not None and values.get("clip_median") is not None:
         problems.append(("clip", "together with clip_median", "one of the two"))
-    # Signs one by one would stream the codes twice in a step.
-    if values.get("offload") == "codes" and values.get("stacked") is False:
-        dense = values.get("dense")
-        fix = "none, because dense is true" if dense else "none, or stacked: true, by which the codes cross the bus once per step"
-        problems.append(("offload", "codes with stacked: false", fix))
+    # Signs one by one would stream them twice in a step.
+    if (streamed := values.get("offload")) in ("codes", "latents") and values.get("stacked") is False:
+        never = "dense is true" if values.get("dense") else "a quantizer moves" if values.get("quantizer") else None
+        crossing = "once per step" if streamed == "codes" else "once per step, and once back"
+        fix = f"none, because {never}" if never else f"none, or stacked: true, by which the {streamed} cross the bus {crossing}"
+        problems.append(("offload", f"{streamed} with stacked: false", fix))
     if values.get("streaming") and values.get("train_examples", 1) is None:
         problems.append(("train_examples", "null", "a number, because streaming is true"))
     problems += _of_quzo(values) + _of_zeroqat(values)
@@ -52,17 +53,21 @@ def _of_zeroqat(values: dict[str, Any]) -> list[Problem]:
         plain = (("latent_layers", None), ("direction", "latent"), ("quantizer", []))
         problems = [(key, f"{show(values[key])} with method: {method}", f"{show(value)}; it is of zeroqat") for key, value in plain
                     if key in values and values[key] != value]  # fmt: skip
+        if values.get("offload") == "latents":
+            problems.append(("offload", f"latents with method: {method}", "none, embeddings or codes; it is of zeroqat"))
         return problems + ([("eps_mode", f"relative_step with method: {method}", "relative or absolute")] if mode == "relative_step" else [])
     problems = [
         (key, f"{show(values[key])} with method: zeroqat", expected)
         for key, given, expected in (
             ("eps_mode", "relative", "relative_step, in steps of the grid, or absolute"), ("dense", True, "false"),
-            ("offload", "codes", "none or embeddings"), ("activations", "int8", "null: the checkpoint says how many bits"),
+            ("offload", "codes", "none, embeddings or latents"), ("activations", "int8", "null: the checkpoint says how many bits"),
             ("activations", "fp8", "null: the checkpoint says how many bits"),
         )
         if values.get(key) == given
     ]  # fmt: skip
     parts, layers = values.get("quantizer") or [], values.get("latent_layers")
+    if layers == [] and values.get("offload") == "latents":
+        problems.append(("offload", "latents with latent_layers: []", "none or embeddings: no weight moves"))
     if layers == [] and "quantizer" in values and not parts:
         problems.append(("latent_layers", "[] without quantizer", "null or names of layers, or parts of the quantizer: nothing would move"))
     if values.get("direction") == "realized":

@@ -27,6 +27,7 @@ PHASES = ("load", "step", "evaluate", "snapshot", "export")
 _WORKSPACE = 96 << 20  # cuBLAS, on the streams of eager and of captured work
 _SLACK = 0.01  # of everything: what the allocator rounds up and cannot use again
 _PROBE = 32  # tokens of that sentence, at most
+_STORED, _PACKING = 2, 8  # bytes of a latent on disk, and of one being packed: S in fp32, and its quotient
 _PLAIN, _REGRID = 4, 3  # fp32 tensors like a weight: of its noise, product and rounding; of a new grid
 _HOLES = 1.25  # activations of two sizes come and go, and leave holes: measured
 
@@ -79,12 +80,20 @@ class Shapes:
     residuals: bool = False  # 2 bytes beside each code
     latents: tuple[Linear, ...] = ()  # FakeQuantLinears, which are not among `linears`
     latent_bytes: int = 4  # of a latent weight: 4 where they move, else as the folder has them
+    latents_streamed: bool = False  # they lie in host memory, but for those of two decoder layers
     regrid: bool = False  # their grids are made anew in every forward
 
     def host_codes(self) -> Counter[int]:
         """Bytes of codes in host memory by decoder layer."""
         inside = [linear for linear in self.linears if self.streamed and linear.layer is not None]
         return sum((Counter({linear.layer: self.code_bytes(linear)}) for linear in inside), Counter())
+
+    def host_latents(self) -> Counter[int]:
+        """Bytes of latents in host memory by decoder layer."""
+        found: Counter[int] = Counter()
+        for linear in self.latents if self.latents_streamed else ():
+            found[linear.layer] += self.latent_bytes * linear.rows * linear.cols
+        return found
 
     def code_bytes(self, linear: Linear) -> int:
         bits = self.quantization.bits
@@ -158,7 +167,7 @@ class Estimate:
 def estimate(shapes: Shapes, step: Work, evaluation: Work, dtype: torch.dtype, device: str, captured: bool = True) -> Estimate:
     """The memory of a run on `device` ("cpu" or "cuda") in `dtype`; captured: its steps become CUDA graphs."""
     weights = _weights(shapes, dtype)
-    phases = {"load": weights, "step": weights | _forward(shapes, step, dtype, device)}
+    phases = {"load": weights | _packing(shapes, weights), "step": weights | _forward(shapes, step, dtype, device)}
     # What is free after a step is free for an evaluation, but for the pool of the graphs.
     kept = {"scratch": phases["step"]["scratch"]}
     if captured and device == "cuda":
@@ -191,9 +200,23 @@ def _weights(shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
     if shapes.latents:
         groups = [linear.rows * -(-linear.cols // quantization.group(linear.cols)) for linear in shapes.latents]
         found["latents"] = shapes.latent_bytes * sum(linear.rows * linear.cols for linear in shapes.latents)
+        if shapes.latents_streamed:
+            found["latents"] = 2 * max(shapes.host_latents().values())
         # Bounds, factor, move, step, zero and unit; the offset.
         found["grids"] = 4 * (7 * sum(groups) + sum(linear.rows for linear in shapes.latents))
     return found | {"embeddings, norms, head": sum(shapes.others.values()) * dtype.itemsize}
+
+
+def _packing(shapes: Shapes, weights: dict[str, int]) -> dict[str, int]:
+    """What the decoder layer that is read and packed last takes beyond all that is held in the end."""
+    if not (shapes.linears and shapes.latents):
+        return {}
+    layers: Counter[int] = Counter()
+    for linear in (*shapes.linears, *shapes.latents):
+        layers[linear.layer] += _STORED * linear.rows * linear.cols
+    last = max(layers.values()) + _PACKING * max(linear.rows * linear.cols for linear in shapes.linears)
+    read = 0 if shapes.latents_streamed else weights["latents"] * _STORED // shapes.latent_bytes
+    return {"a layer being packed": max(0, last + read - weights["latents"] - weights["embeddings, norms, head"])}
 
 
 def _forward(shapes: Shapes, work: Work, dtype: torch.dtype, device: str) -> dict[str, int]:

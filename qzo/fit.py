@@ -34,7 +34,8 @@ def _kept(shapes: Shapes, offload: str, device: str) -> Shapes:
     """With what `offload` leaves on the host."""
     embedded = offload != "none" and not shapes.config.get("tie_word_embeddings")
     others = {name: count for name, count in shapes.others.items() if not (embedded and "embed_tokens" in name)}
-    return replace(shapes, others=others, embedded=embedded, streamed=offload == "codes" and device == "cuda")
+    return replace(shapes, others=others, embedded=embedded, streamed=offload == "codes" and device == "cuda",
+                   latents_streamed=offload == "latents" and device == "cuda")  # fmt: skip
 
 
 def _shapes(recipe: Recipe, folder: Folder, quantization: Quantization) -> Shapes:
@@ -104,12 +105,14 @@ class Fit:
     def _alternatives(self, now: Estimate) -> Iterator[tuple[str, int]]:
         if self.micro > 1:
             yield f"micro_batch={self.micro // 2}", self.estimate(self.micro // 2).peak
-        if self.recipe.stacked and self.recipe.offload != "codes":
+        if self.recipe.stacked and self.recipe.offload not in ("codes", "latents"):
             yield "stacked=false", self.estimate(stacked=False).peak
         if self.recipe.offload == "none":
             yield "offload=embeddings", self.estimate(offload="embeddings").peak
         if self.recipe.offload != "codes" and not self.recipe.dense and self.recipe.method == "qzo":
             yield "offload=codes stacked=true", self.estimate(stacked=True, offload="codes").peak
+        if self.recipe.offload != "latents" and self.shapes.latents and self.recipe.latent_layers != [] and not self.recipe.quantizer:
+            yield "offload=latents stacked=true", self.estimate(stacked=True, offload="latents").peak
         bits = self.shapes.quantization.bits
         if bits > 2 and not self.shapes.streamed and not self.shapes.latents:
             fewer = max(2, bits // 2 + bits % 2)

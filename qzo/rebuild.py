@@ -64,7 +64,8 @@ def _latents(recipe: Recipe, loaded: LoadedModel, gaussian: bool) -> list[Target
     targets: list[Target] = []
     if recipe.latent_layers != []:
         relative = recipe.eps_mode == "relative_step"
-        targets.append(Latent(loaded.fakes, loaded.folder.read, recipe.eps, recipe.lr, relative, gaussian, recipe.direction == "realized"))
+        targets.append(Latent(loaded.fakes, loaded.folder.read, recipe.eps, recipe.lr, relative, gaussian, recipe.direction == "realized",
+                              loaded.stream))  # fmt: skip
     if recipe.quantizer:
         targets.append(Quantizer(loaded.model, recipe.quantizer, recipe.quantizer_eps, recipe.quantizer_lr, gaussian))
     return targets
@@ -124,11 +125,11 @@ def _base_adapters(folder: Folder, group: dict[str, Any], tensor: dict[str, Any]
 
 def replay(
     header: dict[str, Any], records: Sequence[Record], state: dict[str, torch.Tensor], known: dict[str, Units],
-    progress: Progress | None = None,
+    progress: Progress | None = None, device: torch.device | None = None,
 ) -> None:  # fmt: skip
     """Apply recorded steps to `state` in place, without a forward: the same bits as the run itself (but for Gaussian noise).
 
-    known: `units` of the run's targets, or `base_units`.
+    known: `units` of the run's targets, or `base_units`. device: where latents move that lie in host memory.
     """
     directions = header["directions"]
     for start in range(0, len(records), REPLAY_CHUNK):
@@ -140,8 +141,8 @@ def replay(
         for group, rows in zip(header["groups"], coefs, strict=True):
             for tensor in group["tensors"]:
                 values = state[tensor["name"]]
-                at = torch.tensor([header["seed"], chunk[0].step], dtype=torch.int64, device=values.device)
-                _apply(group, tensor, state, known, at, rows.to(values.device))
+                at = torch.tensor([header["seed"], chunk[0].step], dtype=torch.int64, device=device or values.device)
+                _apply(group, tensor, state, known, at, rows.to(at.device))
         if progress:
             progress(start + len(chunk), len(records))
 
@@ -171,17 +172,21 @@ def tuned_state(
     path: str, folder: Folder, device: torch.device, to: int | None = None, snapshots: bool = True,
     progress: Progress | None = None,
 ) -> tuple[int, dict[str, torch.Tensor]]:
-    """(steps applied, tensors) of a run after `to` steps (default: all recorded), from the newest snapshot or from scratch."""
+    """(steps applied, tensors) of a run after `to` steps (default: all recorded), from the newest snapshot or from scratch.
+
+    The tensors are on `device`, but in host memory where the run kept its latents there.
+    """
     header, records = read_run(path)
     steps = steps_to(path, records, to)
     check_base(folder, header)
-    state, done = base_state(folder, header, device), 0
+    host = header["recipe"].get("offload") == "latents"
+    state, done = base_state(folder, header, torch.device("cpu") if host else device), 0
     found = newest_snapshot(Path(path), at_most=steps) if snapshots else None
     if found:
         done = found[0]
         for name, value in state.items():
             value.copy_(found[1][name])
-    replay(header, records[done:steps], state, base_units(folder, header, device), progress)
+    replay(header, records[done:steps], state, base_units(folder, header, device), progress, device)
     return steps, state
 
 

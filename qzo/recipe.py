@@ -106,8 +106,8 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the activations")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the run takes place")
     device_memory: _Positive | None = Field(None, description="GB (10^9 bytes) of a GPU that the run may use; null: all that is free")
-    offload: Literal["none", "embeddings", "codes"] = Field(
-        "none", description="what stays in host memory: the token embeddings; codes: also the codes, streamed to the GPU (needs stacked)"
+    offload: Literal["none", "embeddings", "codes", "latents"] = Field(
+        "none", description="what stays in host memory: the token embeddings; codes, latents: also these, streamed to the GPU (needs stacked)"
     )
     threads: _Count | None = Field(None, description="CPU threads; null: torch's own choice")
     output_dir: _Text | None = Field(None, description="folder of the run; null: runs/NAME-seedSEED")

@@ -102,8 +102,8 @@ def keep_aside(folder: RunFolder) -> Path | None:
     return path.rename(other)
 
 
-def build_optimizer(recipe: Recipe, targets: Sequence[Target]) -> ZO:
-    return ZO(targets, recipe.seed, recipe.directions, Clip(recipe.clip, recipe.clip_median), recipe.stacked)
+def build_optimizer(recipe: Recipe, targets: Sequence[Target], device: torch.device) -> ZO:
+    return ZO(targets, recipe.seed, recipe.directions, Clip(recipe.clip, recipe.clip_median), recipe.stacked, device)
 
 
 def make_header(

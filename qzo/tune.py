@@ -70,7 +70,7 @@ class Tuner:
         memory.restrict(self.fit.device, recipe.device_memory)
         self.loaded: LoadedModel = load_base(recipe, recipe.device, recipe.dtype)
         self.targets = build_targets(recipe, self.loaded)
-        self.optimizer = build_optimizer(recipe, self.targets)
+        self.optimizer = build_optimizer(recipe, self.targets, self.loaded.device)
         self.plain = is_plain(self.loaded.model, bucket(self.max_length))
         self.graphs = Graphs(self.optimizer, self._losses, capture and self.plain and recipe.objective != "f1", self.loaded.rest)
         self.late = int(self.loaded.device.type == "cuda")  # steps launched before the host reads one
@@ -104,7 +104,7 @@ class Tuner:
             done = found[0]
             for name, value in state.items():
                 value.copy_(found[1][name])
-        replay(self.header, journal.records[done:], state, units(self.targets))
+        replay(self.header, journal.records[done:], state, units(self.targets), device=self.loaded.device)
         for target in self.targets:
             target.load_state(state)
         if journal.records:

@@ -228,7 +228,7 @@ def test_verdicts_of_steps():
     rows = [{"size": "1x64", "what": what, "ms": ms, "peak_gb": 7.9} for what, ms in (
         ("ours, stacked", 44.0), ("ours, separate", 50.0), ("two forwards", 88.0), ("MeZO", 352.0), ("MeZO, fused additions", 220.0))]  # fmt: skip
     rows += [{"size": "16x64", "what": "ours, stacked", "reason": "out of memory"}, {"size": "16x64", "what": "two forwards", "ms": 1.0}]
-    small, large = step.verdicts(rows)
+    small, large = step.verdicts(rows, quzo=False)
     assert small == {"size": "1x64", "ours": "stacked", "ms": 44.0, "of two forwards": "0.5 ok", "faster than MeZO": "8 < 9",
                      "faster than MeZO, fused additions": "5", "peak GB": "7.9 ok"}  # fmt: skip
     assert large == {"size": "16x64", "ours": "did not run"}
@@ -275,8 +275,8 @@ def test_bench_step_from_end_to_end(more, green, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command + more)
     two_rounds("bench_step", monkeypatch).main()
     document = json.loads(out.read_text())
-    eager = ["eager QuZO"] if "--quzo" in more else []
-    assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", "two forwards", "MeZO", "MeZO, fused additions", *eager]
+    eager, plain = (["eager QuZO"], ["ours, stacked, plain rounding"]) if "--quzo" in more else ([], [])
+    assert [row["what"] for row in document["rows"]] == ["ours, stacked", "ours, separate", *plain, "two forwards", "MeZO", "MeZO, fused additions", *eager]
     assert all(0 < row["p20"] <= row["ms"] <= row["p80"] for row in document["rows"])
     bus = [row["bus_gb"] for row in document["rows"] if "bus_gb" in row]
     assert document["offload"] == ("--offload" in more) == bool(bus) and (not bus or 0 < bus[1] == 2 * bus[0])
@@ -288,9 +288,27 @@ def test_bench_memory_runs_what_it_compares(tmp_path, monkeypatch, capsys):
     out = tmp_path / "memory.json"
     monkeypatch.setattr(sys, "argv", ["bench_memory", "--models", str(tmp_path), "--only", "tiny", "--steps", "3", "--out", str(out)])
     script("bench_memory").main()
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["exit"] == 0 and row["peak_gb"] > 0.1 and row["ms_per_step"] > 0 and row["estimate_gb"] == 0.0, "a model of kilobytes"
-    assert not (tmp_path / "tiny-w4").exists() and "tiny" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [("method=zeroqat" in row["keys"], "offload=latents" in row["keys"]) for row in rows] == [(False, False), (True, True)]
+    for row in rows:
+        assert row["exit"] == 0 and row["peak_gb"] > 0.1 and row["ms_per_step"] > 0 and row["estimate_gb"] == 0.0, "a model of kilobytes"
+    assert not (tmp_path / "tiny-w4").exists() and not (tmp_path / "tiny-latent2").exists() and "tiny" in capsys.readouterr().out
+
+
+def test_bench_memory_compares_streamed_rows_with_the_same_step():
+    bench = script("bench_memory")
+    same = {"model": "m", "bits": 2, "size": "1x64"}
+    rows = [same | {"keys": " ".join(bench.STREAMED), "ms_per_step": 200.0, "bus_gb": 16.0, "back_gb": 8.0}, same | {"keys": "stacked=true", "ms_per_step": 20.0},
+            same | {"keys": " ".join(bench.LIGHT), "ms_per_step": 100.0}]  # fmt: skip
+    bench.streamed(rows, 50.0)
+    assert rows[0]["bus_gb_s"] == 80.0 and rows[0]["copy_ms"] == 160.0 and rows[0]["compute_ms"] == 100.0
+    assert rows[0]["hidden"] == pytest.approx(60 / 160) and "copy_ms" not in rows[2]
+
+
+def test_a_plan_says_what_crosses_the_bus():
+    said = "latents in host memory: 8.39 GB; 16.78 GB cross the bus in a step, 8.39 GB of them back\n"
+    found = script("bench_memory").planned(said)
+    assert found == {"bus_gb": 16.78, "back_gb": 8.39}
 
 
 def test_bench_quantize_memory_kills_and_continues(tmp_path, monkeypatch):

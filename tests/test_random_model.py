@@ -20,7 +20,8 @@ from qzo.model.load import load_model, skeleton
 from qzo.quantize import quantize_model
 
 TEXT = "the film is good, the acting is bad and nobody knows what any of it was about. " * 6
-KINDS = {"bf16": [], "4 bits": ["--bits", "4"], "3 bits": ["--bits", "3"], "2 bits": ["--bits", "2"]}
+KINDS = {"bf16": [], "4 bits": ["--bits", "4"], "3 bits": ["--bits", "3"], "2 bits": ["--bits", "2"], "latent": ["--latent", "2"]}
+SIXTEEN = ("bf16", "latent")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def test_loads_and_knows_nothing(kind, make, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert str(tmp_path / "model") in out and "write 21/21" in err
     loaded = load_model(str(tmp_path / "model"), "cpu", "fp32")
-    assert len(loaded.layers) == (0 if kind == "bf16" else 14) and (loaded.config is None) == (kind == "bf16")
+    assert len(loaded.layers) == (0 if kind in SIXTEEN else 14) and (loaded.config is None) == (kind in SIXTEEN)
+    assert len(loaded.fakes) == (14 if kind == "latent" else 0)
     ids = torch.tensor([loaded.tokenizer()(TEXT)["input_ids"][:200]])
     with torch.no_grad():
         result = loaded.model(ids, labels=ids)
@@ -56,8 +58,8 @@ def test_loads_and_knows_nothing(kind, make, tmp_path, capsys):
 @pytest.mark.parametrize("kind", KINDS)
 def test_spread_of_the_weights(kind, make, tmp_path):
     assert make(tmp_path / "model", *KINDS[kind], "--seed", "3") == 0
-    if kind == "bf16":
-        found = {n.removesuffix(".weight"): t.float() for n, t in load_file(tmp_path / "model" / "model.safetensors").items() if "proj" in n}
+    if kind in SIXTEEN:
+        found = {n.removesuffix(".weight"): t.float() for n, t in load_file(tmp_path / "model" / "model.safetensors").items() if n.endswith("proj.weight")}
     else:
         found = {name: reference.dequantize(layer.codes, layer.scales.data, None, int(kind[0]), 32, layer.in_features, torch.float32)
                  for name, layer in load_model(str(tmp_path / "model"), "cpu", "fp32").layers.items()}  # fmt: skip
@@ -80,6 +82,20 @@ def test_quantized_folder_is_as_quantize_writes_it(make, tmp_path):
     for name in ("config.json", "quantize_config.json"):
         assert json.loads((tmp_path / "random" / name).read_text()) == json.loads((tmp_path / "quantized" / name).read_text())
     assert sorted(p.name for p in (tmp_path / "random").iterdir()) == sorted(p.name for p in (tmp_path / "quantized").iterdir())
+
+
+def test_latent_folder_is_as_quantize_writes_it(make, tmp_path):
+    """Names, shapes and types of the tensors, and what config.json says of them."""
+    assert make(tmp_path / "16") == 0
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(4)))
+    quantize_model(str(tmp_path / "16"), tmp_path / "quantized", "zeroqat", 2, 32, activations=16, calibration=str(texts), samples=4, max_length=32,
+                   device="cpu", compensation=False)  # fmt: skip
+    assert make(tmp_path / "random", "--latent", 2) == 0
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("quantized", "random"))
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    says = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("quantized", "random")]
+    assert says[0] == says[1]
 
 
 @pytest.mark.parametrize("kind", ["bf16", "3 bits"])

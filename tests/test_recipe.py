@@ -113,7 +113,7 @@ def test_words_are_not_booleans(write):
         ("clip: 1\nclip_median: 2", "clip: given together with clip_median, expected one of the two"),
         ("dense: true\ndense_eps: 1", "dense_lr: given nothing, expected a number, because dense is true"),
         ("dense: true\ndense_lr: 1", "dense_eps: given nothing, expected a number, because dense is true"),
-        ("offload: all", 'offload: given "all", expected one of none, embeddings, codes'),
+        ("offload: all", 'offload: given "all", expected one of none, embeddings, codes, latents'),
         ("offload: codes", "offload: given codes with stacked: false, expected none, or stacked: true, by which the codes cross the bus once per step"),
         ("offload: codes\ndense: true\ndense_lr: 1\ndense_eps: 1", "offload: given codes with stacked: false, expected none, because dense is true"),
         ("seed: 1\nseed: 2", "seed: given a second time in line 6, expected each key once"),

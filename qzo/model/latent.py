@@ -19,11 +19,13 @@ _LOGITS = ("low", "high")  # of which infinity is one
 
 
 def load_latent(
-    model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device, dtype: torch.dtype, keep: Collection[str] | None = None
+    model: nn.Module, folder: Folder, config: LatentConfig, device: torch.device, dtype: torch.dtype, keep: Collection[str] | None = None,
+    host: bool = False,
 ) -> tuple[dict[str, FakeQuantLinear], dict[str, QuantLinear]]:  # fmt: skip
     """Fill the decoder layers of a model on meta and prepare them: (the FakeQuantLinears, the packed ones) by name.
 
-    keep: last names of Linears; all others are packed as soon as their layer is read, so that one layer's latents are in memory.
+    keep: last names of Linears; all others are packed as soon as their layer is read, so that one layer's latents are in memory. host: the weights of
+    those that are kept stay on the CPU.
     Weights and biases of Linears keep the folder's dtype, so that the grid is the same for every `dtype` of forwards. Raises BadInput
     for tensors that are missing, misshapen or of values that no quantizer has, and for names that no Linear has.
     """
@@ -37,11 +39,15 @@ def load_latent(
             for inner, module in found.items():
                 if keep is None or inner.rpartition(".")[2] in keep:
                     fakes[inner] = module
+                    if host:
+                        module.weight = nn.Parameter(module.weight.data.cpu(), requires_grad=False)
                 else:
                     packed[inner] = quant_linear(inner, module, dtype, scratch)
                     model.set_submodule(inner, packed[inner])
             del found, module
             progress.update(number + 1)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what packing took
     return fakes, packed
 
 

@@ -12,10 +12,11 @@ from qzo.errors import BadInput
 from qzo.model.embedding import HostEmbedding
 from qzo.model.files import Folder, one_line
 from qzo.model.formats import Quantization, format_of, is_quantized, read_config
+from qzo.model.latent_stream import stream_latents
 from qzo.model.linear import QuantLinear, Scratch
 from qzo.model.packed_format import PackedConfig, prepare_model
 from qzo.model.qat import FakeQuantLinear
-from qzo.model.stream import CodeStream, stream_codes
+from qzo.model.stream import LayerStream, stream_codes
 from qzo.model.zeroqat_format import LatentConfig, latent_config
 from qzo.progress import Progress
 
@@ -28,7 +29,7 @@ class LoadedModel:
     """`layers` maps module names to the QuantLinears (empty for a 16-bit folder); `config` is the folder's quantization.
 
     Of a latent checkpoint of ZeroQAT `latent` is what its config says, `fakes` its FakeQuantLinears by name, and `config` None.
-    `stream` brings the codes to a GPU where they are kept in host memory.
+    `stream` brings the codes, or the latents, to a GPU where they are kept in host memory.
     """
 
     model: nn.Module
@@ -38,7 +39,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     embedding: HostEmbedding | None = None
-    stream: CodeStream | None = None
+    stream: LayerStream | None = None
     fakes: dict[str, FakeQuantLinear] = field(default_factory=dict)
     latent: LatentConfig | None = None
 
@@ -46,7 +47,7 @@ class LoadedModel:
         return load_tokenizer(self.folder)
 
     def rest(self) -> None:
-        """The state in which a forward may be captured or replayed as a graph: see CodeStream."""
+        """The state in which a forward may be captured or replayed as a graph: see LayerStream."""
         if self.stream is not None:
             self.stream.rest()
 
@@ -222,6 +223,11 @@ def _keep_embeddings(model: nn.Module, folder: Folder, device: torch.device, dty
     return kept
 
 
+def _apart(device: torch.device) -> bool:
+    """Whether the device's memory is not the host's."""
+    return device.type == "cuda"
+
+
 def _check_request(
     folder: Folder, config: Quantization | None, activations: str | None, latent_layers: Collection[str] | None
 ) -> LatentConfig | None:  # fmt: skip
@@ -244,7 +250,8 @@ def load_model(
     """Load a 16-bit or quantized folder, a hub id or `builtin:NAME` for inference.
 
     Scales come as fp32 parameters, codes packed, everything else in `dtype` (auto | bf16 | fp16 | fp32). offload: what stays in host
-    memory: none; embeddings; or codes, of which a GPU then holds those of two decoder layers, and embeddings that the head does not share.
+    memory: none; embeddings; or codes (latents of a latent checkpoint, as fp32 then), of which a GPU holds those of two decoder layers, and
+    embeddings that the head does not share.
     activations: int8 or fp8, the inputs of quantized Linears rounded to 8 bits. latent_layers: of a latent checkpoint, the last names of
     the Linears that stay FakeQuantLinears (None: all); the others are packed into QuantLinears, layer by layer, their smoothing as it is.
     Raises BadInput for what cannot be read, by name.
@@ -254,17 +261,17 @@ def load_model(
     latent = _check_request(folder, config, activations, latent_layers)
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    model, streamed = skeleton(folder), offload == "codes" and where.type == "cuda"
+    model, streamed = skeleton(folder), offload if offload in ("codes", "latents") and _apart(where) else None
     if isinstance(config, PackedConfig):
         prepare_model(model, folder, config)
-    layers = swap_quantized(model, folder, config, where, kind, streamed) if config else {}
-    kept = offload == "embeddings" or offload == "codes" and not model.config.tie_word_embeddings
+    layers = swap_quantized(model, folder, config, where, kind, streamed == "codes") if config else {}
+    kept = offload == "embeddings" or offload != "none" and not model.config.tie_word_embeddings
     embedding = _keep_embeddings(model, folder, where, kind) if kept else None
     fakes = {}
     if latent:
         from qzo.model.latent import load_latent
 
-        fakes, layers = load_latent(model, folder, latent, where, kind, latent_layers)
+        fakes, layers = load_latent(model, folder, latent, where, kind, latent_layers, streamed == "latents")
     fill(model, folder, where, kind)
     _computed_buffers(model, where)
     for layer in layers.values():
@@ -277,4 +284,5 @@ def load_model(
         from qzo.model.pretrained import attach
 
         attach(model, folder)
-    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream_codes(model, where) if streamed else None, fakes, latent)
+    stream = {"codes": stream_codes, "latents": stream_latents}[streamed](model, where) if streamed else None
+    return LoadedModel(model, folder, config, layers, where, kind, embedding, stream, fakes, latent)

@@ -7,7 +7,7 @@ A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_siz
     low, high [N, G] fp32: logits of the clipping bounds (LWC). Moved by a target `quantizer`
     factor, move [N, G] fp32: Δ is that of the bounds times factor, z that of the bounds plus move, rounded, 0 … 2^b - 1. At first 1
               and 0. Moved by a target `quantizer`
-    span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; the same for Linears of one input.
+    span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; at first the same for Linears of one input.
               None at 16 bits. Moved by a target `quantizer`
     s, δ      of the places before and after it, fp32: they belong to a Site (model/smoothing.py), which several modules share.
               Moved by a target `quantizer`
@@ -21,6 +21,8 @@ A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_siz
 x is what the module before it already shifted and scaled, or, at a site without such a module, (x - δ_in) ⊘ s_in is taken here.
 The step that W[n, k] itself sees is Δ[n, g]·s_out[n] / s_in[k]. A forward stores nothing: no effective weight outlives it.
 
+Where the weight stays in host memory (model/latent_stream.py), `source` gives it on the device; everything here goes through `latent()`.
+
 With `noise` set, x [V·B, ..., K] is cut into V equal parts along dim 0, and part v is multiplied with Q of W under variant v.
 
 A FoldedNorm is an RMSNorm or LayerNorm whose weight w ⊘ s and bias (b - δ) ⊘ s are made in every forward ([H] numbers); b is 0 where
@@ -30,6 +32,7 @@ q, k and v are quantized by token and head as they enter the attention product (
 attention module. Softmax and its product stay in the model's dtype.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +40,7 @@ import torch
 from qzo_kernels.ops import full_precision_sums
 from qzo_kernels.ops_asym import fake_quantize_rows
 from qzo_kernels.ops_qat import LatentNoise, effective_weight
-from qzo_kernels.reference_qat import FLOOR, clipped_grid
+from qzo_kernels.reference_qat import FLOOR, clipped_grid, smoothed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,6 +82,7 @@ class FakeQuantLinear(nn.Module):
         self.before, self.after, self.own = before, after, own
         self.low = self.high = self.factor = self.move = self.span = self.step = self.zero = self.offset = None
         self.noise: LatentNoise | None = None
+        self.source: Callable[[], Tensor] | None = None
         device = linear.weight.device
         if precision.activations < 16:
             self.span = nn.Parameter(torch.ones(1, device=device), requires_grad=False)
@@ -93,12 +97,13 @@ class FakeQuantLinear(nn.Module):
         """s_in fp32 [K] and s_out fp32 [N], None for ones."""
         return None if self.before is None else self.before.scale(), None if self.after is None else self.after.scale()
 
-    def smoothed(self, weight: Tensor | None = None) -> Tensor:
-        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K], of W or of another weight like it."""
-        weight, (s_in, s_out) = (self.weight.data if weight is None else weight).float(), self.scales()
-        if s_in is not None:
-            weight = weight * s_in
-        return weight if s_out is None else weight / s_out[:, None]
+    def latent(self) -> Tensor:
+        """W [N, K] on the device, for operations that are launched before another layer's is asked for."""
+        return self.weight.data if self.source is None else self.source()
+
+    def smoothed(self) -> Tensor:
+        """S = s_in ⊙ W ⊘ s_out, fp32 [N, K]."""
+        return smoothed(self.latent().float(), *self.scales())
 
     def grid(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(Δ, z) fp32 [N, G] of the tensors as they are now."""
@@ -113,7 +118,7 @@ class FakeQuantLinear(nn.Module):
         offset = None if self.bias is None else self.bias.data.float()
         shift = None if self.before is None else self.before.shift()
         if shift is not None:
-            moved = self.weight.data.float() @ shift
+            moved = self.latent().float() @ shift
             offset = moved if offset is None else offset + moved
         if self.after is not None:
             shift = self.after.shift()
@@ -137,7 +142,7 @@ class FakeQuantLinear(nn.Module):
         if self.step is None:
             return self.smoothed().to(dtype)[None]
         bits, size = self.precision.bits, self.precision.group_size
-        return effective_weight(self.weight.data, self.step, self.zero, bits, size, dtype, *self.scales(), noise)
+        return effective_weight(self.latent(), self.step, self.zero, bits, size, dtype, *self.scales(), noise)
 
     def received(self, x: Tensor) -> Tensor:
         """The input [..., K] as the product sees it: shifted and scaled here if nobody did, and quantized."""
@@ -146,6 +151,7 @@ class FakeQuantLinear(nn.Module):
         return fake_quantize_rows(x, self.precision.activations, self.span)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.latent()  # a streamed one may change as it arrives, and the offset with it
         offset, noise, given = None if self.offset is None else self.offset.to(x.dtype), self.noise, self.received(x)
         if x.is_cuda:
             full_precision_sums()

@@ -56,18 +56,18 @@ class ZO(torch.optim.Optimizer):
     seed: run seed of the noise. directions: D, averaged. clip: a bound on |d| (d in units of the first target's eps).
     stacked: both signs in one forward; the closure is then called with the number of variants V and returns
     losses [V] for inputs repeated V times along the batch. A step with a non-finite loss changes nothing.
-    Raises ValueError for anything but targets.
+    device: where losses are and updates are done, if not where the first parameter is. Raises ValueError for anything but targets.
     """
 
     def __init__(
         self, targets: Sequence[Target], seed: int = 0, directions: int = 1,
-        clip: Clip | None = None, stacked: bool = False,
+        clip: Clip | None = None, stacked: bool = False, device: torch.device | None = None,
     ):  # fmt: skip
         _check(targets)
         groups = [{"params": t.parameters(), "lr": t.lr, "name": t.name} for t in targets]
         super().__init__(groups, {})
         self.targets, self.seed, self.directions, self.stacked = list(targets), seed, directions, stacked
-        self.device = targets[0].parameters()[0].device
+        self.device = device or targets[0].parameters()[0].device
         self.clip = (clip or Clip()).to(self.device)
         self.steps = 0
         self.newest: Measured | None = None

@@ -27,6 +27,7 @@ SETTINGS = {
     "gptq": [*GPTQ, "--bits", "2"],
     "desc_act": [*GPTQ, "--desc-act", "--asym", "--format", "gptq_v2"],
 }  # fmt: skip
+ALL = SETTINGS | {"zeroqat": ["--method", "zeroqat", "--samples", "6", "--max-length", "32", "--activations", "8"]}
 # What the process was doing when it was killed: the function, which call of it, before or after it; the layers kept.
 MOMENTS = {
     "in the first layer": (Walk, "_quantize", 2, False, 0),
@@ -53,7 +54,7 @@ def source(tmp_path_factory) -> Path:
 
 def command(source: Path, out: Path, name: str, *more: str) -> list[str]:
     text = [] if name == "rtn" else ["--calibration", f"{source}/texts.txt"]
-    return ["quantize", f"{source}/model", "-o", str(out), "--group-size", "32", "--device", "cpu", *SETTINGS[name], *text, *more]
+    return ["quantize", f"{source}/model", "-o", str(out), "--group-size", "32", "--device", "cpu", *ALL[name], *text, *more]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -68,17 +69,17 @@ def tensors(folder: Path) -> dict[str, bytes]:
 def whole(source, tmp_path_factory) -> dict[str, Path]:
     """The folders that nothing disturbed."""
     base = tmp_path_factory.mktemp("whole")
-    for name in SETTINGS:
+    for name in ALL:
         assert main(command(source, base / name, name)) == 0
-    return {name: base / name for name in SETTINGS}
+    return {name: base / name for name in ALL}
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("name", "moment"), [*((name, moment) for name in SETTINGS for moment in MOMENTS),
+                                              *(("zeroqat", moment) for moment in ("second shard not whole", "all layers done", "rest copied"))])  # fmt: skip
 def test_killed_at(name, moment, source, whole, tmp_path):
     *where, kept = MOMENTS[moment]
     arguments = command(source, tmp_path / "out", name)
@@ -132,15 +133,15 @@ def after_layer(call: int, do) -> None:
     LayerWriter.end_layer = counted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_and_the_same_command_goes_on(number, source, whole, tmp_path):
-    arguments = command(source, tmp_path / "out", "gptq")
+@pytest.mark.parametrize(("name", "number"), [("gptq", signal.SIGTERM), ("gptq", signal.SIGINT), ("zeroqat", signal.SIGTERM)])
+def test_signals_stop_and_the_same_command_goes_on(name, number, source, whole, tmp_path):
+    arguments = command(source, tmp_path / "out", name)
     code, text = Child(*arguments, before=lambda: after_layer(2, lambda: os.kill(os.getpid(), number))).wait()
     assert code == 128 + number and "Traceback" not in text, text
     assert "out: interrupted. The layers that are done are kept; the same command continues." in text
     code, text = Child(*arguments).wait()
     assert code == 0 and f"continues after layer 2 of {LAYERS}" in text
-    assert files(tmp_path / "out") == files(whole["gptq"])
+    assert files(tmp_path / "out") == files(whole[name])
 
 
 def test_interrupted_before_a_layer_is_done_leaves_nothing(source, tmp_path):

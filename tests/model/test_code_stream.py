@@ -1,11 +1,10 @@
 """Codes in host memory: every use sees its layer's codes in whatever order a GPU runs its queues, and models compute the same bits."""
 
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_lanes import AtOnce
+from tiny_lanes import AtOnce, Queues
 from tiny_models import OPT, SIZES, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,90 +16,6 @@ from qzo.model.stream import CodeStream, stream_codes
 from qzo.quantize import quantize_model
 
 CPU = torch.device("cpu")
-GARBAGE = -1
-
-
-class Queues:
-    """Two queues that run when `run` is called, in any order that the events between them allow; a captured list runs per replay.
-
-    A copy leaves garbage while it is under way, and a use looks at its codes twice: whatever may overlap it is noticed.
-    """
-
-    def __init__(self, seed=0, **broken):
-        self.rng, self.broken = random.Random(seed), broken
-        self.queues, self.captured, self.copies, self.wrong, self.events = {"compute": [], "side": [], "branch": []}, None, [], 0, 0
-        self.there = set()  # events that were reached
-
-    def capturing(self):
-        return self.captured is not None
-
-    def put(self, queue, *operation):
-        (self.queues if self.captured is None else self.captured)[queue].append(operation)
-
-    def event(self, queue):
-        self.events += 1
-        self.put(queue, "record", (self.capturing(), self.events))
-        return self.capturing(), self.events
-
-    def await_event(self, queue, event):
-        assert event[0] == self.capturing(), "an event of another capture, or of none"
-        if not self.broken.get(queue):
-            self.put(queue, "wait", event)
-
-    def copied(self, queue, target, source):
-        self.put(queue, "begin", target, source)
-        self.put(queue, "end", target, source)
-
-    def passed(self):
-        return self.event("compute")
-
-    def wait(self, event):
-        self.await_event("compute", event)
-
-    def fetch(self, target, source, after):
-        self.await_event("side", after)
-        self.copied("side", target, source)
-        self.copies.append(len(source))
-        return self.event("side")
-
-    def move(self, target, source):
-        self.copied("compute", target, source)
-
-    def use(self, codes, expected):
-        self.put("compute", "use", codes, expected)
-        self.put("compute", "use", codes, expected)
-
-    def run(self):
-        """All that is queued: the head of a queue is held up by events that are not there yet, and by nothing else."""
-        queues = list(self.queues.values())
-        while any(queues):
-            ready = [q for q in queues if q and (q[0][0] != "wait" or q[0][1] in self.there)]
-            kind, *values = self.rng.choice(ready).pop(0)
-            if kind == "record":
-                self.there.add(values[0])
-            elif kind == "use":
-                self.wrong += not torch.equal(*values)
-            elif kind != "wait":
-                values[0].copy_(values[1]) if kind == "end" else values[0].fill_(GARBAGE)
-
-    def capture(self, work):
-        """What `work` launches, to be replayed; the side queue must have been joined."""
-        self.captured = {"compute": [], "side": []}
-        try:
-            work()
-            graph = self.captured
-            joined = {value[0] for kind, *value in graph["compute"] if kind == "wait"}
-            assert not graph["side"] or graph["side"][-1][1] in joined, "a capture that is not joined"
-        finally:
-            self.captured = None
-        return graph
-
-    def replay(self, graph):
-        """Its operations after what the compute queue holds; its own branch knows nothing of the side queue."""
-        self.events += 1
-        for queue, operations in zip(("compute", "branch"), graph.values(), strict=True):
-            again = [(op[0], (*op[1], self.events)) if op[0] in ("record", "wait") else op for op in operations]
-            self.queues[queue] += again
 
 
 def made(count, seed=0, **broken):

@@ -91,7 +91,7 @@ def test_every_format_answers():
 def test_the_command_line_names_every_format():
     from qzo.cli import EXPORTS
 
-    assert set(EXPORTS) == {name for layout in FORMATS.values() for name in layout.VERSIONS} | {"hf", "peft"}
+    assert set(EXPORTS) == {name for layout in FORMATS.values() for name in layout.VERSIONS} | {"hf", "peft", "zeroqat"}
 
 
 def test_other_spellings_of_awq(llama16, tmp_path):

@@ -102,11 +102,11 @@ def test_what_transformers_can_read_by_itself_is_left_to_it(monkeypatch):
     monkeypatch.setattr(register, "find_spec", lambda name: name if name in there else None)
     tables = SimpleNamespace(AUTO_QUANTIZER_MAPPING={}, AUTO_QUANTIZATION_CONFIG_MAPPING={})
     register._register(tables)
-    assert set(tables.AUTO_QUANTIZER_MAPPING) == set(tables.AUTO_QUANTIZATION_CONFIG_MAPPING) == {"gptq", "awq", "aqlm"}
+    assert set(tables.AUTO_QUANTIZER_MAPPING) == set(tables.AUTO_QUANTIZATION_CONFIG_MAPPING) == {"gptq", "awq", "aqlm", *register.OWN}
     there |= {"gptqmodel", "aqlm"}
     tables.AUTO_QUANTIZER_MAPPING.clear()
     register._register(tables)
-    assert not tables.AUTO_QUANTIZER_MAPPING
+    assert set(tables.AUTO_QUANTIZER_MAPPING) == set(register.OWN)
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is CheckpointQuantizer and set(register.NEEDED) <= set(auto.AUTO_QUANTIZER_MAPPING)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from qzo_kernels.reference_noise import rademacher
-from qzo_kernels.reference_qat import grid_codes
+from qzo_kernels.reference_qat import grid_codes, smoothed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -278,7 +278,9 @@ def test_what_is_divided_by_stays_positive():
         assert bool((fake.step > 0).all()) and bool(((fake.zero >= 0) & (fake.zero <= 15)).all())
 
 
-def test_statistics_and_warnings():
+@pytest.mark.parametrize("at_once", [1 << 21, 100])
+def test_statistics_and_warnings(at_once, monkeypatch):
+    monkeypatch.setattr("qzo.zo.targets.latent._AT_ONCE", at_once)
     net = Net()
     target = net.latent()
     at = torch.tensor([SEED, 0])
@@ -287,7 +289,7 @@ def test_statistics_and_warnings():
     found = target.statistics(at)
     assert found["rms_steps"] == pytest.approx(0.5, rel=1e-4) and 0.3 < found["changed"] < 0.6 and 0 < found["saturated"] < 0.4
     fake = net.layer.a_proj
-    codes, old = (grid_codes(fake.smoothed(w), fake.step, fake.zero, 4, 16) for w in (fake.weight.data, net.base["layer.a_proj.weight"]))
+    codes, old = (grid_codes(smoothed(w, *fake.scales()), fake.step, fake.zero, 4, 16) for w in (fake.weight.data, net.base["layer.a_proj.weight"]))
     assert float((codes - old).abs().max()) == 1
     assert "Raise lr" in target.warning(1e-7, 1000) and "pile up" in target.warning(1.0, 1000) and target.warning(1e-3, 1000) is None
     assert net.latent(relative=False).warning(1e-9, 1) is None

@@ -12,16 +12,19 @@ signal-to-noise of u is 0.02, 0.25, 0.7 at ε = 0.01, 0.1, 0.3 steps, that of r 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from qzo_kernels import ops_qat
-from qzo_kernels.reference_qat import grid_codes
+from qzo_kernels.reference_qat import grid_codes, smoothed
 from torch import Tensor, nn
 
 from qzo.model.qat import FakeQuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo, layers_under_noise
+
+
+_AT_ONCE = 1 << 21  # elements that statistics look at: intermediate tensors of some ten of these
 
 
 class Units(NamedTuple):
@@ -31,6 +34,14 @@ class Units(NamedTuple):
     rows: Tensor | None
     cols: Tensor | None
     realized: ops_qat.Realized | None
+
+
+class Streamed(Protocol):
+    """What a target asks of latents in host memory: see model/latent_stream.py."""
+
+    def update(self, change: Callable[[FakeQuantLinear, Tensor, Tensor, Tensor], None], state: Tensor, coefs: Tensor) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 def units_of(layer: FakeQuantLinear, relative: bool, realized_eps: float | None) -> Units:
@@ -46,7 +57,15 @@ def units_of(layer: FakeQuantLinear, relative: bool, realized_eps: float | None)
 
 
 def move_(weight: Tensor, state: Tensor, coefs: Tensor, uid: int, units: Units, gaussian: bool) -> None:
-    """What `Latent.apply` does to one tensor: weight fp32 [N, K] in place; state int64 [2], coefs fp32 [S, D]."""
+    """What `Latent.apply` does to one tensor: weight fp32 [N, K] in place; state int64 [2], coefs fp32 [S, D].
+
+    A weight in host memory is moved where the state is.
+    """
+    if weight.device != state.device:
+        moved = weight.to(state.device)
+        move_(moved, state, coefs, uid, units, gaussian)
+        weight.copy_(moved)
+        return
     ops_qat.update_latent_(weight, state, coefs, uid, units.group_size, units.rows, units.cols, gaussian, units.realized)
 
 
@@ -55,6 +74,9 @@ class Latent:
 
     `read(name)` gives a parameter as the checkpoint holds it: it becomes the layer's weight, and the layer's grid is made of it. relative:
     eps and lr in steps; realized: of one direction per step, with `relative` alone. ValueError for no layers, or others.
+
+    stream: brings the weights from host memory, where they are fp32 already (model/latent_stream.py); an update is then done when a
+    layer is next used, and `state` has all of them done first. The bits are the same.
     """
 
     name = "latent"
@@ -62,21 +84,22 @@ class Latent:
 
     def __init__(
         self, layers: dict[str, FakeQuantLinear], read: Callable[[str], Tensor], eps: float, lr: float, relative: bool = True,
-        gaussian: bool = False, realized: bool = False,
+        gaussian: bool = False, realized: bool = False, stream: Streamed | None = None,
     ):  # fmt: skip
         _check(layers, relative, realized)
+        self.stream = stream
         self.eps, self.lr, self.relative, self.gaussian, self.realized, self._read = eps, lr, relative, gaussian, realized, read
         self.layers = {tensor_name(f"{name}.weight", self.name): layer for name, layer in layers.items()}
         check_unique(self.layers)
-        for name, layer in self.layers.items():
-            master = self._base(name, layer)
-            layer.weight = nn.Parameter(master, requires_grad=False)
+        for name, layer in self.layers.items() if stream is None else ():
+            layer.weight = nn.Parameter(self._base(name, layer), requires_grad=False)
             layer.refresh()
         self._info = [TensorInfo(name, tensor_uid(name), tuple(layer.weight.shape), float("-inf")) for name, layer in self.layers.items()]
         self.units = {name: units_of(layer, relative, eps if realized else None) for name, layer in self.layers.items()}
+        self._parts = {layer: (info.uid, self.units[info.name]) for info, layer in zip(self._info, self.layers.values(), strict=True)}
 
     def _base(self, name: str, layer: FakeQuantLinear) -> Tensor:
-        return self._read(name.removesuffix("/latent")).to(layer.weight.device, torch.float32, copy=True).contiguous()
+        return self._read(name.removesuffix("/latent")).to(layer.step.device, torch.float32, copy=True).contiguous()
 
     def parameters(self) -> list[nn.Parameter]:
         return [layer.weight for layer in self.layers.values()]
@@ -94,16 +117,26 @@ class Latent:
         return layers_under_noise(self.layers.values(), noises)
 
     def apply(self, state: Tensor, coefs: Tensor) -> None:
-        for info, layer in zip(self._info, self.layers.values(), strict=True):
-            move_(layer.weight.data, state, coefs, info.uid, self.units[info.name], self.gaussian)
-            layer.refresh_offset()
+        if self.stream is not None:
+            return self.stream.update(self._change, state, coefs)
+        for layer in self.layers.values():
+            self._change(layer, layer.weight.data, state, coefs)
+
+    def _change(self, layer: FakeQuantLinear, weight: Tensor, state: Tensor, coefs: Tensor) -> None:
+        """One step of one layer, of its weight on the device."""
+        uid, units = self._parts[layer]
+        move_(weight, state, coefs, uid, units, self.gaussian)
+        layer.refresh_offset()
 
     def state(self) -> dict[str, Tensor]:
+        if self.stream is not None:
+            self.stream.settle()
         return {name: layer.weight.data for name, layer in self.layers.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, layer in self.layers.items():
-            layer.weight.data.copy_(tensors[name])
+        for name, value in self.state().items():
+            value.copy_(tensors[name])
+        for layer in self.layers.values():
             layer.refresh_offset()
 
     def statistics(self, state: Tensor) -> dict[str, Any]:
@@ -111,14 +144,8 @@ class Latent:
         mean square of all that the weights moved, in steps."""
         count, changed, edge, square = 0, 0, 0, 0.0
         for name, layer in self.layers.items():
-            bits, size, step, zero = layer.precision.bits, layer.precision.group_size, layer.step, layer.zero
-            now, base = (layer.smoothed(weight) for weight in (layer.weight.data, self._base(name, layer)))
-            codes, old = (grid_codes(weight, step, zero, bits, size) for weight in (now, base))
-            count += codes.numel()
-            changed += int((codes != old).sum())
-            edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
-            steps = step.repeat_interleave(-(-codes.shape[1] // step.shape[1]) if size == -1 else size, 1)[:, : codes.shape[1]]
-            square += float(((now - base) / steps).double().square().sum())
+            found = _compared(layer, layer.latent(), self._base(name, layer))
+            count, changed, edge, square = (a + b for a, b in zip((count, changed, edge, square), found, strict=True))
         return {"weights": count, "changed": changed / count, "saturated": edge / count, "rms_steps": math.sqrt(square / count)}
 
     def warning(self, coef: float, steps: int) -> str | None:
@@ -133,6 +160,21 @@ class Latent:
         if most < 1e-3:
             return f"{said}: hardly a code will ever change. Raise lr."
         return f"{said}, of a grid of {top} steps: codes will pile up at its ends. Lower lr." if chance > top / 4 else None
+
+
+def _compared(layer: FakeQuantLinear, weight: Tensor, base: Tensor) -> tuple[int, int, int, float]:
+    """Of two weights of a layer on its grid: (elements, codes that differ, codes of `weight` at an end, sum of squares of steps between them)."""
+    bits, size, (s_in, s_out) = layer.precision.bits, layer.precision.group_size, layer.scales()
+    columns = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] if size == -1 else size)
+    changed, edge, square = 0, 0, 0.0
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, _AT_ONCE // weight.shape[1])):
+        step, zero, out = layer.step[rows], layer.zero[rows], None if s_out is None else s_out[rows]
+        now, old = (smoothed(values[rows], s_in, out) for values in (weight, base))
+        codes, other = (grid_codes(values, step, zero, bits, size) for values in (now, old))
+        changed += int((codes != other).sum())
+        edge += int(((codes == 0) | (codes == (1 << bits) - 1)).sum())
+        square += float(((now - old) / step[:, columns]).double().square().sum())
+    return weight.numel(), changed, edge, square
 
 
 def _check(layers: dict[str, FakeQuantLinear], relative: bool, realized: bool) -> None:
