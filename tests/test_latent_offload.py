@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_lanes import AtOnce
 from tiny_runs import make_model, sentences, stop_at, write_recipe
 
+from qzo import fit
 from qzo.checkpoint import newest_snapshot, state_hash
 from qzo.cli import main
 from qzo.errors import BadInput, Interrupted
@@ -128,6 +130,22 @@ def test_only_latents_are_in_host_memory_and_as_fp32(tuner):
     sizes = [fake.weight.numel() for fake in fakes.values()]
     assert 4 * sum(sizes) <= stream.bytes_per_forward <= 4 * sum(sizes) + 512 * len(sizes) and stream.device_bytes == stream.bytes_per_forward * 2 // 3
     assert all(layer.source is None for layer in run.loaded.layers.values())
+
+
+def test_a_plan_says_what_is_in_host_memory(latents, sentiment, tmp_path, monkeypatch, capsys):
+    kept = fit._kept
+    monkeypatch.setattr("qzo.fit._kept", lambda shapes, offload, device: kept(shapes, offload, "cuda"))
+    monkeypatch.setattr("qzo.plan.gigabytes", lambda size: f"{size} GB")
+    recipe = write_recipe(tmp_path / "r.yaml", latents / "W2A16", sentiment, **{**ZEROQAT, "micro_batch": 2})
+    assert main(["tune", recipe, "--dry-run"]) == 0
+    size = 3 * 4 * 64 * (64 + 32)
+    assert f"latents in host memory: {size} GB; {3 * size} GB cross the bus in a step, {size} GB of them back" in capsys.readouterr().out
+    monkeypatch.undo()
+    advised = Tuner(load_recipe(write_recipe(tmp_path / "r.yaml", latents / "W2A16", sentiment, **{**ZEROQAT, "offload": "none"})), "x", "qzo tune").fit
+    advised.device, large = torch.device("cuda"), tuple(replace(linear, rows=5120, cols=5120) for linear in advised.whole.latents)
+    advised.whole = advised.shapes = replace(advised.whole, latents=large)
+    # Of three layers two stay; and with them the embeddings go.
+    assert dict(advised.savings())["offload=latents stacked=true"] == pytest.approx(2 * 4 * 5120 * 5120, rel=0.02)
 
 
 REFUSED = {
