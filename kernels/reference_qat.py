@@ -138,8 +138,12 @@ def effective_weight(
     else:
         states, eps, uid, rows, cols, is_gaussian = noise
         unit = _unit(weight.shape, group_size, rows, cols)
-        directions = ((_noise(weight, *state, uid, is_gaussian), e) for state, e in zip(states.tolist(), eps, strict=True))
-        seen = [weight + (u if unit is None else unit * u) * e for u, e in directions]
+        seen, last = [], None
+        for state, e in zip(states.tolist(), eps, strict=True):
+            if state != last:
+                last, u = state, _noise(weight, *state, uid, is_gaussian)
+                moved = u if unit is None else unit * u
+            seen.append(weight + moved * e)
     return torch.stack([fake_quantize(smoothed(w, s_in, s_out), step, zero, bits, group_size).to(dtype) for w in seen])
 
 

@@ -186,10 +186,8 @@ def _say_exported(out: str, summary: dict, checked: dict) -> None:
     if not checked:
         print(f"{out}: adapters for peft, {summary['steps']} steps applied; read again: the run's tensors")
         return
-    if "apart" in checked:
-        print(f"{out}: {checked['format']}, {summary['steps']} steps applied")
-        codes = "equal" if not checked["codes"] else f"equal but for {checked['codes']:.1g} of them"
-        print(f"reloaded: codes {codes}; logits within {checked['apart']:.2g} of the fake-quantized ones (largest logit {checked['largest_logit']:.3g})")
+    if "said" in checked:
+        print(f"{out}: {checked['format']}, {summary['steps']} steps applied\nreloaded: {checked['said']}")
         return
     same = "equal" if checked["equal"] else "not bit-equal (16-bit weights round each product)"
     print(f"{out}: {summary['format']}, {summary['steps']} steps applied")

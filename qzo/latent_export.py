@@ -7,12 +7,13 @@
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from qzo_kernels.reference_qat import clipped_grid
-from torch import Tensor
+from torch import Tensor, nn
 
 from qzo.errors import BadInput, RunFailed
 from qzo.model.files import Folder
@@ -29,7 +30,9 @@ from qzo.run import is_run, read_run
 
 FORMATS = ("packed", "gptq_v2", "zeroqat")
 _GROUPS = ("latent", "quantizer")
-TOLERANCE = 0.05  # of logits, in norm: a channel that differs in its last bit may round to a neighbour, which on 4 bits is far
+# Of a module's output on one input, in norm, in fp32. A whole layer's: a channel that differs in its last bit may round to a neighbour, which
+# on a coarse grid is far. Logits have no such bound: over many layers these differences grow to the size of the quantization's own error.
+TOLERANCE, ROUNDED, LAYER = 1e-4, 2e-3, 0.05
 MOVED = 1e-5  # share of codes that a step which differs in its last bit may move
 
 
@@ -154,8 +157,10 @@ def regrid(fake: FakeQuantLinear) -> tuple[Tensor, Tensor]:
 def verify_folder(loaded: LoadedModel, out: str, format: str, ids: Tensor) -> dict[str, Any]:
     """Read `out` again and compare it with the model that it was made of, loaded as for `write_folder`; ids int64 [1, T] are a probe.
 
-    Codes, steps and zeros must be equal (scales of gptq_v2 rounded to fp16; of zeroqat MOVED of the codes may differ), and logits of packed
-    and zeroqat within TOLERANCE, RunFailed otherwise. Returns {format, codes: share that differs, apart: ‖a - b‖/‖b‖ of logits, largest_logit}.
+    Codes, steps and zeros must be equal (scales of gptq_v2 rounded to fp16; of zeroqat MOVED of the codes may differ). On the inputs that
+    the model itself gives them, outputs of Linears, norms, embeddings and head must be within TOLERANCE in norm (ROUNDED for gptq_v2), of
+    whole layers within LAYER; RunFailed otherwise. Returns {format, codes: share that differs, parts, layers: the largest ‖a - b‖/‖b‖,
+    apart: that of the logits, said: all that in a line}.
     """
     written = load_model(out, "cpu", "fp32")
     ours, theirs, count, differ = {**loaded.fakes, **loaded.layers}, {**written.fakes, **written.layers}, 0, 0
@@ -166,14 +171,45 @@ def verify_folder(loaded: LoadedModel, out: str, format: str, ids: Tensor) -> di
         count, differ = count + a.codes.numel(), differ + different
         if not torch.equal(a.zero, b.zero) or format != "zeroqat" and (different or not torch.equal(step, b.step)):
             raise RunFailed(f"{out}, {name}", "codes, steps or zeros that differ from the model's", "equal ones", "Please report this.")
-    expected, given = (probe(one, ids) for one in (loaded, written))
-    apart = float((given - expected).norm() / expected.norm())
-    if differ > MOVED * count or format != "gptq_v2" and not apart <= TOLERANCE:
-        raise RunFailed(out, f"{differ} of {count} codes and logits that differ by {apart:.3g} in norm", f"at most {MOVED} and {TOLERANCE}", "Please report this.")
-    return {"format": format, "codes": differ / count, "apart": apart, "largest_logit": float(expected.abs().max())}
+    if differ > MOVED * count:
+        raise RunFailed(out, f"{differ} of {count} codes that differ from the model's", f"at most {MOVED} of them", "Please report this.")
+    bounds = {"parts": ROUNDED if format == "gptq_v2" else TOLERANCE, "layers": LAYER}
+    found, expected = _beside(loaded, written, ids)
+    for kind, (name, distance) in found.items():
+        if not distance <= bounds[kind]:
+            raise RunFailed(f"{out}, {name}", f"an output that differs by {distance:.3g} in norm", f"at most {bounds[kind]}", "Please report this.")
+    distances = {kind: distance for kind, (_, distance) in found.items()}
+    apart = _distance(_logits(written, ids), expected)
+    said = f"codes equal{f' but for {differ} of {count}' if differ else ''}; on one input outputs of parts differ by {distances['parts']:.2g} in norm at most, "
+    said += f"of layers by {distances['layers']:.2g}; logits by {apart:.2g}"
+    return {"format": format, "codes": differ / count, **distances, "apart": apart, "said": said}
+
+
+def _beside(loaded: LoadedModel, written: LoadedModel, ids: Tensor) -> tuple[dict[str, tuple[str, float]], Tensor]:
+    """(the module of the largest distance and that distance, among parts and among layers; the model's logits)."""
+    others, layers = dict(written.model.named_modules()), set(loaded.model.get_decoder().layers)
+    found, handles = {"parts": ("", 0.0), "layers": ("", 0.0)}, []
+
+    def compare(name: str, kind: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        a, b = (value[0] if isinstance(value, tuple) else value for value in (others[name](*args, **kwargs), output))
+        distance = _distance(a, b)
+        if not distance <= found[kind][1]:
+            found[kind] = (name, distance)
+
+    for name, module in loaded.model.named_modules():
+        kind = "layers" if module in layers else "parts"
+        if kind == "layers" or next(module.children(), None) is None and next(module.parameters(), None) is not None:
+            handles.append(module.register_forward_hook(partial(compare, name, kind), with_kwargs=True))
+    expected = _logits(loaded, ids)
+    for handle in handles:
+        handle.remove()
+    return found, expected
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 @torch.no_grad()
-def probe(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """fp32 logits."""
+def _logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
     return loaded.model(input_ids=ids, use_cache=False).logits.float()

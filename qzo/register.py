@@ -2,8 +2,8 @@
 
 transformers claims the formats that qzo reads (GPTQ, AWQ, AQLM, compressed-tensors) and asks for other packages to read them. A name
 of our own in config.json would keep every other reader out, and transformers gives a model random weights under a name
-that it does not know. So the names stay, and qzo steps in only for what would otherwise be an ImportError; a packed checkpoint of ZeroQAT,
-with its grids of activations, has no other reader, and the one name of our own.
+that it does not know. So the names stay, and qzo steps in only for what would otherwise be an ImportError. Checkpoints of ZeroQAT,
+with grids of activations, have no other reader: the packed one is read, and the latent one, which would pass for its 16-bit model, refused.
 Nothing is imported here: transformers may come later, or never.
 """
 
@@ -15,6 +15,7 @@ from types import ModuleType
 TABLES = "transformers.quantizers.auto"
 # Format -> the packages without which transformers cannot read it.
 NEEDED = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel", "accelerate"), "compressed-tensors": ("compressed_tensors",), "aqlm": ("aqlm", "accelerate")}
+OWN = ("qzo_packed", "qzo_zeroqat")
 
 
 def register() -> None:
@@ -28,10 +29,10 @@ def register() -> None:
 def _register(tables: ModuleType) -> None:
     from qzo.model.pretrained import CheckpointConfig, CheckpointQuantizer
 
-    for method, packages in {**NEEDED, "qzo_packed": ()}.items():
-        if not packages or any(find_spec(package) is None for package in packages):
-            tables.AUTO_QUANTIZER_MAPPING[method] = CheckpointQuantizer
-            tables.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
+    absent = (method for method, packages in NEEDED.items() if any(find_spec(package) is None for package in packages))
+    for method in (*OWN, *absent):
+        tables.AUTO_QUANTIZER_MAPPING[method] = CheckpointQuantizer
+        tables.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
 
 
 class _Watch:

@@ -183,7 +183,7 @@ class Tuner:
         if len(self.sizes) == JUDGED and (rate := self._rate(record.step)):
             left = round(sum(map(self._rate, range(record.step + 1, self.recipe.steps))) / rate)
             for target, size in zip(self.targets, np.median(self.sizes, 0), strict=True):
-                if said := target.warning(float(size), left):
+                if left and (said := target.warning(float(size), left)):
                     print(f"warning: {target.name}: {said}", file=sys.stderr)
 
     def _log(self, metrics: Metrics, record: Record) -> None:

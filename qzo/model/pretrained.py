@@ -48,6 +48,9 @@ class CheckpointQuantizer(HfQuantizer):
         self.path = Path(checkpoint_files[0]).parent
         folder = Folder(self.path)
         config = read_config(folder)
+        if config is None:
+            raise BadInput("from_pretrained", f"{folder.path}, a latent checkpoint of ZeroQAT", "a quantized checkpoint",
+                           "Load it with qzo.load_model(FOLDER).model, or pack it: qzo export FOLDER -o OUT.")  # fmt: skip
         if isinstance(config, PackedConfig):
             prepare_model(model, folder, config)
         for name, module in model.named_modules():

@@ -7,7 +7,7 @@ A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_siz
     low, high [N, G] fp32: logits of the clipping bounds (LWC). Moved by a target `quantizer`
     factor, move [N, G] fp32: Δ is that of the bounds times factor, z that of the bounds plus move, rounded, 0 … 2^b - 1. At first 1
               and 0. Moved by a target `quantizer`
-    span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; the same for Linears of one input.
+    span      [1] fp32: the part of a token's range that its grid covers, 1 in the paper; at first the same for Linears of one input.
               None at 16 bits. Moved by a target `quantizer`
     s, δ      of the places before and after it, fp32: they belong to a Site (model/smoothing.py), which several modules share.
               Moved by a target `quantizer`

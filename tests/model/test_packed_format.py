@@ -59,6 +59,11 @@ def test_in_bfloat16_it_is_near_the_fake_quantized_model(folder, latent, case): 
     assert apart(logits(found), exact) < max(0.02, 1.3 * apart(logits(fake), exact))
 
 
+def test_transformers_does_not_take_a_latent_checkpoint_for_its_16_bit_model(latent):  # noqa: F811
+    with pytest.raises(BadInput, match="a latent checkpoint of ZeroQAT; expected a quantized checkpoint. Load it with qzo.load_model"):
+        AutoModelForCausalLM.from_pretrained(latent("llama", 4, -1, 4))
+
+
 def test_embeddings_in_host_memory(folder):
     path = str(folder("llama", 4, -1, 4))
     assert torch.equal(logits(load_model(path, "cpu", "fp32", "embeddings")), logits(load_model(path, "cpu", "fp32")))
