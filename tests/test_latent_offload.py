@@ -99,7 +99,7 @@ def test_a_run_stopped_within_a_step_keeps_the_step_before(model, tuner):
     assert found[0] == found[1] and found[0][0] == 4
 
 
-def test_the_tuned_model_of_a_streamed_run(tuner, monkeypatch, capsys):
+def test_the_tuned_model_of_a_streamed_run(tuner, tmp_path, monkeypatch, capsys):
     run = tuner(True)
     run.run()
     path, expected = str(run.folder.path), state_hash(run._state())
@@ -108,7 +108,10 @@ def test_the_tuned_model_of_a_streamed_run(tuner, monkeypatch, capsys):
     assert steps == 6 and loaded.stream is not None and state_hash(targets[0].state()) == expected
     assert main(["evaluate", path, "--device", "cpu"]) == 0 and f"loss: {scores[-1]['loss']:.4g}" in capsys.readouterr().out
     assert main(["replay", path, "--verify", "--device", "cpu"]) == 0 and "equal to the snapshot of step 6" in capsys.readouterr().out
+    assert main(["export", path, "-o", str(tmp_path / "packed")]) == 0
     monkeypatch.setattr("qzo.model.load._apart", lambda device: False)
+    assert main(["export", path, "-o", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "packed/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     assert state_hash(load_run(path, "cpu")[1][0].state()) == expected
 
 
