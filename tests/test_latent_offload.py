@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from qzo.errors import BadInput, Interrupted
 from qzo.journal import read_journal
 from qzo.metrics import read_metrics
 from qzo.model.latent_stream import LatentStream
+from qzo.model.load import load_model
+from qzo.model.qat import FakeQuantLinear, prepare_layer
 from qzo.quantize import quantize_model
 from qzo.rebuild import load_run
 from qzo.recipe import load_recipe
@@ -149,6 +152,21 @@ def test_a_plan_says_what_is_in_host_memory(latents, sentiment, tmp_path, monkey
     advised.whole = advised.shapes = replace(advised.whole, latents=large)
     # Of three layers two stay; and with them the embeddings go.
     assert dict(advised.savings())["offload=latents stacked=true"] == pytest.approx(2 * 4 * 5120 * 5120, rel=0.02)
+
+
+def test_loading_holds_the_latents_of_one_layer(latents, monkeypatch):
+    """When a layer is prepared, those that were packed before it are gone."""
+    seen, prepare = [], prepare_layer
+
+    def prepared(layer, *how):
+        assert not [one() for one in seen if one() is not None]
+        found = prepare(layer, *how)
+        seen.extend(weakref.ref(module) for name, module in layer.named_modules() if isinstance(module, FakeQuantLinear) and name[-6:] not in LIGHT)
+        return found
+
+    monkeypatch.setattr("qzo.model.latent.prepare_layer", prepared)
+    load_model(str(latents / "W2A16"), "cpu", "fp32", latent_layers=["q_proj", "v_proj"])
+    assert len(seen) == 3 * 5
 
 
 REFUSED = {
