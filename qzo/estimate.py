@@ -212,8 +212,9 @@ def _packing(shapes: Shapes, weights: dict[str, int]) -> dict[str, int]:
     if not (shapes.linears and shapes.latents):
         return {}
     layers: Counter[int] = Counter()
-    for linear in (*shapes.linears, *shapes.latents):
-        layers[linear.layer] += _STORED * linear.rows * linear.cols
+    for linear in shapes.linears:
+        # Bounds, factor, move, step and zero go with the latents.
+        layers[linear.layer] += linear.rows * (_STORED * linear.cols + 24 * -(-linear.cols // shapes.quantization.group(linear.cols)))
     last = max(layers.values()) + _PACKING * max(linear.rows * linear.cols for linear in shapes.linears)
     read = 0 if shapes.latents_streamed else weights["latents"] * _STORED // shapes.latent_bytes
     return {"a layer being packed": max(0, last + read - weights["latents"] - weights["embeddings, norms, head"])}

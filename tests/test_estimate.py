@@ -16,6 +16,7 @@ from qzo.inputs import load_data, quantized_folder
 from qzo.journal import read_journal
 from qzo.model.gptq_format import GptqConfig
 from qzo.model.load import load_model, load_tokenizer
+from qzo.model.zeroqat_format import LatentConfig
 from qzo.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,13 +35,16 @@ def measured() -> list[dict]:
 def shapes_of(row: dict) -> Shapes:
     """Of a model of scripts/make_random_model, as qzo sees the folder."""
     known = script("make_random_model")
-    config, linears, others = known.model_config(row["model"], None), [], {}
+    config, linears, latents, others = known.model_config(row["model"], None), [], [], {}
     for name, shape, _ in known.shapes(config):
         if "proj" in name:
-            linears.append(Linear(*shape, int(name.split(".")[2])))
+            moves = "method=zeroqat" in row["keys"] and name.split(".")[-2] in ("q_proj", "v_proj")
+            (latents if moves else linears).append(Linear(*shape, int(name.split(".")[2])))
         elif "embed_tokens" not in name or "offload" not in row["keys"]:
             others[name] = torch.Size(shape).numel()
-    return Shapes(tuple(linears), others, GptqConfig(row["bits"], 128), config, "offload=codes" in row["keys"], "offload" in row["keys"])
+    quantization = (LatentConfig if latents else GptqConfig)(row["bits"], 128)
+    return Shapes(tuple(linears), others, quantization, config, "offload=codes" in row["keys"], "offload" in row["keys"],
+                  latents=tuple(latents), latents_streamed="offload=latents" in row["keys"])  # fmt: skip
 
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: "-".join(str(row[key]) for key in ("model", "bits", "size", "limit_gb", "keys")))
@@ -52,6 +56,27 @@ def test_estimate_is_near_the_measured_peak(row):
     found = estimate(shapes_of(row), step, Work(examples, length, 4 * examples), torch.bfloat16, "cuda")
     assert abs(found.peak / 1e9 / row["peak_gb"] - 1) < 1 / 20
 
+
+
+def light_13b(offload: str) -> Shapes:
+    """Llama-2-13B of 2 bits, the latents of two Linears in each layer."""
+    return shapes_of({"model": "llama-2-13b", "bits": 2, "keys": f"method=zeroqat {offload}"})
+
+
+@pytest.mark.parametrize("size", [(1, 64), (16, 64)], ids=["1x64", "16x64"])
+def test_streamed_latents_leave_the_device(size):
+    """Those of two layers are there; the paper has 6.8 GB for all of it."""
+    rows, length = size
+    work = Work(rows, length, rows, 2)
+    streamed, whole = (estimate(light_13b(offload), work, work, torch.bfloat16, "cuda") for offload in ("offload=latents", ""))
+    host = light_13b("offload=latents").host_latents()
+    assert len(host) == 40 and set(host.values()) == {2 * 4 * 5120 * 5120} and not light_13b("").host_latents()
+    assert streamed.phases["step"]["latents"] == 2 * 2 * 4 * 5120 * 5120 and whole.phases["step"]["latents"] == sum(host.values())
+    assert streamed.peak < 6.8e9 < sum(host.values()) + streamed.phases["step"]["codes"] < whole.peak
+    # Of the last layer what is packed, as it was read, and one matrix with its quotient in fp32; the head and the buffers come later.
+    read = (2 + 24 / 128) * (2 * 5120 * 5120 + 3 * 13824 * 5120) + 8 * 13824 * 5120
+    later = streamed.phases["load"]["latents"] + streamed.phases["load"]["embeddings, norms, head"]
+    assert streamed.phases["load"]["a layer being packed"] == read - later and whole.phases["load"]["a layer being packed"] == 0
 
 
 def folders(shared: Path) -> list[Path]:

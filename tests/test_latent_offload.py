@@ -2,18 +2,23 @@
 
 import json
 import shutil
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_lanes import AtOnce
 from tiny_runs import make_model, sentences, stop_at, write_recipe
 
+from qzo import fit
 from qzo.checkpoint import newest_snapshot, state_hash
 from qzo.cli import main
 from qzo.errors import BadInput, Interrupted
 from qzo.journal import read_journal
 from qzo.metrics import read_metrics
 from qzo.model.latent_stream import LatentStream
+from qzo.model.load import load_model
+from qzo.model.qat import FakeQuantLinear, prepare_layer
 from qzo.quantize import quantize_model
 from qzo.rebuild import load_run
 from qzo.recipe import load_recipe
@@ -97,7 +102,7 @@ def test_a_run_stopped_within_a_step_keeps_the_step_before(model, tuner):
     assert found[0] == found[1] and found[0][0] == 4
 
 
-def test_the_tuned_model_of_a_streamed_run(tuner, monkeypatch, capsys):
+def test_the_tuned_model_of_a_streamed_run(tuner, tmp_path, monkeypatch, capsys):
     run = tuner(True)
     run.run()
     path, expected = str(run.folder.path), state_hash(run._state())
@@ -106,7 +111,10 @@ def test_the_tuned_model_of_a_streamed_run(tuner, monkeypatch, capsys):
     assert steps == 6 and loaded.stream is not None and state_hash(targets[0].state()) == expected
     assert main(["evaluate", path, "--device", "cpu"]) == 0 and f"loss: {scores[-1]['loss']:.4g}" in capsys.readouterr().out
     assert main(["replay", path, "--verify", "--device", "cpu"]) == 0 and "equal to the snapshot of step 6" in capsys.readouterr().out
+    assert main(["export", path, "-o", str(tmp_path / "packed")]) == 0
     monkeypatch.setattr("qzo.model.load._apart", lambda device: False)
+    assert main(["export", path, "-o", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "packed/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     assert state_hash(load_run(path, "cpu")[1][0].state()) == expected
 
 
@@ -128,6 +136,37 @@ def test_only_latents_are_in_host_memory_and_as_fp32(tuner):
     sizes = [fake.weight.numel() for fake in fakes.values()]
     assert 4 * sum(sizes) <= stream.bytes_per_forward <= 4 * sum(sizes) + 512 * len(sizes) and stream.device_bytes == stream.bytes_per_forward * 2 // 3
     assert all(layer.source is None for layer in run.loaded.layers.values())
+
+
+def test_a_plan_says_what_is_in_host_memory(latents, sentiment, tmp_path, monkeypatch, capsys):
+    kept = fit._kept
+    monkeypatch.setattr("qzo.fit._kept", lambda shapes, offload, device: kept(shapes, offload, "cuda"))
+    monkeypatch.setattr("qzo.plan.gigabytes", lambda size: f"{size} GB")
+    recipe = write_recipe(tmp_path / "r.yaml", latents / "W2A16", sentiment, **{**ZEROQAT, "micro_batch": 2})
+    assert main(["tune", recipe, "--dry-run"]) == 0
+    size = 3 * 4 * 64 * (64 + 32)
+    assert f"latents in host memory: {size} GB; {3 * size} GB cross the bus in a step, {size} GB of them back" in capsys.readouterr().out
+    monkeypatch.undo()
+    advised = Tuner(load_recipe(write_recipe(tmp_path / "r.yaml", latents / "W2A16", sentiment, **{**ZEROQAT, "offload": "none"})), "x", "qzo tune").fit
+    advised.device, large = torch.device("cuda"), tuple(replace(linear, rows=5120, cols=5120) for linear in advised.whole.latents)
+    advised.whole = advised.shapes = replace(advised.whole, latents=large)
+    # Of three layers two stay; and with them the embeddings go.
+    assert dict(advised.savings())["offload=latents stacked=true"] == pytest.approx(2 * 4 * 5120 * 5120, rel=0.02)
+
+
+def test_loading_holds_the_latents_of_one_layer(latents, monkeypatch):
+    """When a layer is prepared, those that were packed before it are gone."""
+    seen, prepare = [], prepare_layer
+
+    def prepared(layer, *how):
+        assert not [one() for one in seen if one() is not None]
+        found = prepare(layer, *how)
+        seen.extend(weakref.ref(module) for name, module in layer.named_modules() if isinstance(module, FakeQuantLinear) and name[-6:] not in LIGHT)
+        return found
+
+    monkeypatch.setattr("qzo.model.latent.prepare_layer", prepared)
+    load_model(str(latents / "W2A16"), "cpu", "fp32", latent_layers=["q_proj", "v_proj"])
+    assert len(seen) == 3 * 5
 
 
 REFUSED = {

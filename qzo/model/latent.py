@@ -32,7 +32,9 @@ def load_latent(
     fakes, packed, scratch = {}, {}, Scratch()
     quantize_operands(model)
     with Progress("load", len(model.get_decoder().layers), after=2.0) as progress:
-        for number, (_, found) in enumerate(prepared_layers(model, folder, config, device, dtype)):
+        done = 0
+        # Not by enumerate, which holds what it gave last: a layer's latents, while the next one is read.
+        for _, found in prepared_layers(model, folder, config, device, dtype):
             known = {inner.rpartition(".")[2] for inner in found}
             if keep is not None and not set(keep) <= known:
                 raise BadInput("latent_layers", ", ".join(keep), f"some of {', '.join(sorted(known))}")
@@ -45,7 +47,8 @@ def load_latent(
                     packed[inner] = quant_linear(inner, module, dtype, scratch)
                     model.set_submodule(inner, packed[inner])
             del found, module
-            progress.update(number + 1)
+            done += 1
+            progress.update(done)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what packing took
     return fakes, packed
