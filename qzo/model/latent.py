@@ -42,7 +42,7 @@ def load_latent(
                 if keep is None or inner.rpartition(".")[2] in keep:
                     fakes[inner] = module
                     if host:
-                        module.weight = nn.Parameter(module.weight.data.cpu(), requires_grad=False)
+                        module.hold(module.weight.data.cpu())
                 else:
                     packed[inner] = quant_linear(inner, module, dtype, scratch)
                     model.set_submodule(inner, packed[inner])

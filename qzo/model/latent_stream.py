@@ -55,7 +55,7 @@ class LatentStream(LayerStream):
 
     @staticmethod
     def keep(linear: FakeQuantLinear, part: Tensor) -> None:
-        linear.weight = nn.Parameter(part, requires_grad=False)
+        linear.hold(part)
 
     def update(self, change: Change, state: Tensor, coefs: Tensor) -> None:
         """From now on an update is due: state int64 [2] and coefs fp32 [S, D], on the device, are copied."""

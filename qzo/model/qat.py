@@ -101,6 +101,11 @@ class FakeQuantLinear(nn.Module):
         """W [N, K] on the device, for operations that are launched before another layer's is asked for."""
         return self.weight.data if self.source is None else self.source()
 
+    def hold(self, weight: Tensor) -> None:
+        """Keep W in host memory. It is no parameter there: where a model's parameters are, its batches go."""
+        del self.weight
+        self.weight = weight
+
     def smoothed(self) -> Tensor:
         """S = s_in ⊙ W ⊘ s_out, fp32 [N, K]."""
         return smoothed(self.latent().float(), *self.scales())

@@ -68,7 +68,7 @@ def recipe(llama4, sentiment, tmp_path) -> str:
 
 # What the process was doing when it was killed: the function, which call of it, before or after it.
 MOMENTS = {
-    "loading": (qzo.tune, "load_model", 1, True),
+    "loading": (qzo.tune, "load_base", 1, True),
     "new journal": (qzo.journal.os, "rename", 1, False),
     "first evaluation": (qzo.tune, "evaluate_task", 1, False),
     "measuring a step": (qzo.tune, "per_example_loss", 9, False),
@@ -184,7 +184,7 @@ def test_a_second_signal_ends_at_once(second, recipe, tmp_path):
 
 
 def test_interrupted_before_the_first_step(recipe, tmp_path):
-    child = Child("tune", recipe, before=lambda: setattr(qzo.tune, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGINT)))
+    child = Child("tune", recipe, before=lambda: setattr(qzo.tune, "load_base", lambda *_: os.kill(os.getpid(), signal.SIGINT)))
     code, text = child.wait()
     assert code == 130 and "qzo tune: interrupted" in text and not (tmp_path / "run").exists()
 

@@ -12,11 +12,18 @@ from qzo.model.latent_stream import LatentStream
 CPU = torch.device("cpu")
 
 
+class Linear(SimpleNamespace):
+    """What a stream needs of a FakeQuantLinear."""
+
+    def hold(self, weight):
+        self.weight = weight
+
+
 class Driver:
     """Layers of one or two weights, their stream, and what their values must be: moved by the same numbers, on the compute queue."""
 
     def __init__(self, count, seed=0, **broken):
-        self.layers = [[SimpleNamespace(weight=nn.Parameter(torch.full((2, 3 + 70 * (i % 3) + j), 1000.0 * i + 100 * j), requires_grad=False))
+        self.layers = [[Linear(weight=nn.Parameter(torch.full((2, 3 + 70 * (i % 3) + j), 1000.0 * i + 100 * j), requires_grad=False))
                         for j in range(1 + i % 2)] for i in range(count)]  # fmt: skip
         self.expected = [[linear.weight.data.clone() for linear in layer] for layer in self.layers]
         self.queues = Queues(seed, **broken)

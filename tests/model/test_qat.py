@@ -151,3 +151,12 @@ def test_the_offset_alone():
     layer.refresh_offset()
     assert torch.equal(layer.step, before[0]) and torch.equal(layer.zero, before[1]) and not torch.equal(layer.offset, before[2])
     assert torch.equal(layer.offset, layer.shifted())
+
+
+def test_a_latent_in_host_memory_is_no_parameter():
+    """transformers sends batches to where the first parameter is."""
+    fake = FakeQuantLinear(nn.Linear(64, 32), Precision(4, -1, 16), None, None, own=False)
+    x, weight = torch.randn(3, 64), fake.weight.data
+    before = fake(x)
+    fake.hold(weight)
+    assert "weight" not in dict(fake.named_parameters()) and torch.equal(fake(x), before)
