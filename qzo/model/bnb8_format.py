@@ -38,7 +38,7 @@ def read_layer(folder: Folder, name: str, config: Quantization, rows: int, cols:
                        "Load it with bitsandbytes 0.44 and save it again.")  # fmt: skip
     codes = empty_codes(rows, cols, 8, device)
     scales = exact_tensor(folder, f"{name}.{SCALES}", (rows,), torch.float32).to(device)
-    scales = finite_scales(scales[:, None] / TOP, f"{folder.path}, {name}.{SCALES}")
+    scales = finite_scales(scales_of(scales)[:, None], f"{folder.path}, {name}.{SCALES}")
     weight = exact_tensor(folder, f"{name}.{CODES}", (rows, cols), torch.int8).to(device)
     fill_codes(codes, 8, lambda start, end: flipped(weight[start:end].view(torch.uint8)), None)
     return LayerTensors(codes, scales, None, None)
@@ -51,26 +51,31 @@ def flipped(codes: torch.Tensor) -> torch.Tensor:
 
 def stored_scales(folder: Folder, name: str) -> torch.Tensor:
     """fp32 [N, 1]."""
-    return folder.read(f"{name}.{SCALES}").to(torch.float32)[:, None] / TOP
+    return scales_of(folder.read(f"{name}.{SCALES}"))[:, None]
+
+
+def scales_of(scb: torch.Tensor) -> torch.Tensor:
+    """fp32 SCB / 127, the same bits on every device: CUDA would multiply by the reciprocal of a Python number."""
+    return scb.float() / torch.full((), TOP, dtype=torch.float32, device=scb.device)
 
 
 def scb_of(scales: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     """SCB fp32 [N] of scales [N, 1]: the stored one where a scale has not moved."""
-    return torch.where(stored / TOP == scales[:, 0], stored, _nearest_scb(scales[:, 0]))
+    return torch.where(scales_of(stored) == scales[:, 0], stored, _nearest_scb(scales[:, 0]))
 
 
 def _nearest_scb(scales: torch.Tensor) -> torch.Tensor:
     """fp32: of 127·scale and its two neighbours the one whose quotient by 127 is nearest."""
     best = scales * TOP
     for way in (float("-inf"), float("inf")):
-        other = torch.nextafter(scales * TOP, torch.tensor(way))
-        best = torch.where((other / TOP - scales).abs() < (best / TOP - scales).abs(), other, best)
+        other = torch.nextafter(scales * TOP, torch.full_like(scales, way))
+        best = torch.where((scales_of(other) - scales).abs() < (scales_of(best) - scales).abs(), other, best)
     return best
 
 
 def rounded(folder: Folder, name: str, scales: torch.Tensor) -> torch.Tensor:
     """Scales fp32 [N, 1] as a reader of the export will have them."""
-    return _nearest_scb(scales) / TOP
+    return scales_of(_nearest_scb(scales))
 
 
 def written(folder: Folder, name: str, part: str, config: Quantization, version: str, moved: Moved) -> torch.Tensor:

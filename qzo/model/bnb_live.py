@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qzo.errors import BadInput
 from qzo.model.bnb4_format import unpack
-from qzo.model.bnb8_format import TOP, flipped, scb_of
+from qzo.model.bnb8_format import flipped, scales_of, scb_of
 from qzo.model.linear import QuantLinear, Scratch
 from qzo.model.uniform import LayerTensors, fill_codes
 
@@ -82,7 +82,7 @@ def from_8bit(name: str, module: Any, scratch: Scratch) -> QuantLinear:
     if weight.dtype != torch.int8 or scb is None:
         raise BadInput(f"prepare, {name}", f"a Linear8bitLt whose weight is {weight.dtype}", "int8", "Move the model to its device first.")
     rows, cols = weight.shape
-    scales = (scb.float() / TOP)[:, None].contiguous()
+    scales = scales_of(scb)[:, None].contiguous()
     packed = weight.data.view(torch.uint8)
     codes = _words(packed, rows, cols, 8)
     fill_codes(codes, 8, lambda start, end: flipped(packed[start:end]), None)
