@@ -265,6 +265,19 @@ def test_a_quantizer_makes_the_grid_anew_and_each_sign_has_its_own(data):
         pass
 
 
+def test_the_unit_of_shifts_is_the_mean_whatever_the_order_of_the_sum():
+    net = Net()
+    shift = net.layer.sites["first"].shift.data
+    # In fp32 a sum drops what is small beside a part of it, and which parts there are is up to the device and its threads.
+    shift.fill_(1.0)[0] = 2.0**25
+    units = [Quantizer(net, ("shift",), 0.1, 0.1).settings()["units"]["layer.sites.first.shift/quantizer"]]
+    shift.copy_(shift.flip(0).clone())
+    units.append(Quantizer(net, ("shift",), 0.1, 0.1).settings()["units"]["layer.sites.first.shift/quantizer"])
+    assert units == [torch.tensor((2**25 + 39) / 40).item()] * 2
+    shift.zero_()
+    assert Quantizer(net, ("shift",), 0.1, 0.1).settings()["units"]["layer.sites.first.shift/quantizer"] == torch.tensor(1e-8).item()
+
+
 def test_what_is_divided_by_stays_positive():
     net = Net()
     quantizer = Quantizer(net, PARTS, 0.9, 1.0)
