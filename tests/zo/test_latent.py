@@ -9,6 +9,7 @@ from qzo_kernels.reference_qat import grid_codes, smoothed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from qzo.conflicts import QUANTIZER
 from qzo.model.qat import FakeQuantLinear, Precision
 from qzo.model.smoothing import Channels, Site
 from qzo.zo.noise import variants
@@ -307,6 +308,10 @@ def test_statistics_and_warnings(at_once, monkeypatch):
     assert "Raise lr" in target.warning(1e-7, 1000) and "pile up" in target.warning(1.0, 1000) and target.warning(1e-3, 1000) is None
     assert net.latent(relative=False).warning(1e-9, 1) is None
     assert Quantizer(net, ("step", "span"), 0.1, 0.1).statistics(at)["factor"] == {"mean": 1.0, "smallest": 1.0, "largest": 1.0}
+
+
+def test_a_recipe_knows_the_parts():
+    assert QUANTIZER == tuple(PARTS)
 
 
 def test_others_are_refused():
