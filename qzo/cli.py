@@ -197,7 +197,7 @@ def _say_exported(out: str, summary: dict, checked: dict) -> None:
 
 
 def _add_replay(verbs: argparse._SubParsersAction) -> None:
-    p = verbs.add_parser("replay", help="rebuild the tuned scales from the journal and the base model alone")
+    p = verbs.add_parser("replay", help="rebuild the tuned tensors from the journal and the base model alone")
     p.add_argument("run_folder", metavar="RUN")
     p.add_argument("--to", type=int, metavar="STEP", help="apply the first STEP steps (default: all)")
     p.add_argument("--verify", action="store_true", help="compare with the hash of the newest snapshot up to there")

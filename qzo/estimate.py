@@ -20,6 +20,7 @@ from qzo.data.loss import HEAD_POSITIONS
 from qzo.errors import BadInput
 from qzo.model.files import Folder
 from qzo.model.formats import Quantization, format_of, part_of
+from qzo.model.packing import field
 from qzo.model.zeroqat_format import LatentConfig
 
 SLACK = "allocator, workspaces"  # the part that is of no tensor
@@ -96,8 +97,7 @@ class Shapes:
         return found
 
     def code_bytes(self, linear: Linear) -> int:
-        bits = self.quantization.bits
-        return 4 * linear.rows * tiled_words(linear.cols, 8 if bits == 6 else bits)
+        return 4 * linear.rows * tiled_words(linear.cols, field(self.quantization.bits))
 
     @classmethod
     def of(cls, folder: Folder, quantization: Quantization) -> "Shapes":

@@ -25,7 +25,7 @@ from qzo.model.qat import FakeQuantLinear, FoldedNorm, quantizer_state
 from qzo.model.save import FolderWriter
 from qzo.model.zeroqat_format import latent_config
 from qzo.progress import Progress
-from qzo.rebuild import load_run, tuned_state
+from qzo.rebuild import load_run
 from qzo.run import is_run, read_run
 
 FORMATS = ("packed", "gptq_v2", "zeroqat")
@@ -49,11 +49,7 @@ def load_latent_source(path: str, to: int | None = None, snapshots: bool = True)
         if to is not None:
             raise BadInput(path, f"step {to} of a model folder", "the folder of a run")
         return load_model(path, "cpu", "fp32"), 0
-    loaded, targets, steps = load_run(path, "cpu", "fp32", to)
-    if not snapshots:
-        state = tuned_state(path, loaded.folder, loaded.device, to, snapshots=False)[1]
-        for target in targets:
-            target.load_state(state)
+    loaded, _, steps = load_run(path, "cpu", "fp32", to, snapshots)
     return loaded, steps
 
 

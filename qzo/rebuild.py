@@ -199,13 +199,13 @@ def load_any(name: str, device: str = "auto", dtype: str | None = None) -> tuple
 
 
 def load_run(
-    path: str, device: str = "auto", dtype: str | None = None, to: int | None = None
+    path: str, device: str = "auto", dtype: str | None = None, to: int | None = None, snapshots: bool = True
 ) -> tuple[LoadedModel, list[Target], int]:
-    """The tuned model of a run, its targets and the number of steps applied."""
+    """The tuned model of a run, its targets and the number of steps applied; `to` and `snapshots` as for `tuned_state`."""
     header, _ = read_run(path)
     recipe = recipe_of(header, path)
     loaded = load_base(recipe, device, dtype or recipe.dtype)
-    steps, state = tuned_state(path, loaded.folder, loaded.device, to)
+    steps, state = tuned_state(path, loaded.folder, loaded.device, to, snapshots)
     targets = build_targets(recipe, loaded)
     for target in targets:
         target.load_state(state)

@@ -7,6 +7,7 @@ import torch
 from tiny_runs import sentences, write_recipe
 
 from qzo.cli import main
+from qzo.export import export_run
 from qzo.journal import read_journal
 from qzo.model.load import load_model
 from qzo.model.packing import packed
@@ -78,6 +79,14 @@ def test_the_default_is_packed_and_some_steps(tuned, tmp_path, capsys):
     assert "packed, 2 steps applied" in capsys.readouterr().out
     two, whole = load_model(str(tmp_path / "two"), "cpu", "fp32"), load_run(str(run), "cpu", "fp32")[0]
     assert apart(logits(two), logits(load_run(str(run), "cpu", "fp32", to=2)[0])) < 1e-3 < apart(logits(two), logits(whole))
+
+
+def test_a_replay_writes_the_same_model_and_reads_no_snapshot(tuned, tmp_path, monkeypatch):
+    run, _ = tuned("light")
+    export_run(str(run), str(tmp_path / "exported"))
+    monkeypatch.setattr("qzo.rebuild.newest_snapshot", lambda *_, **__: pytest.fail("a snapshot was read"))
+    assert export_run(str(run), str(tmp_path / "replayed"), snapshots=False)["steps"] == 3
+    assert (tmp_path / "replayed" / "model.safetensors").read_bytes() == (tmp_path / "exported" / "model.safetensors").read_bytes()
 
 
 def test_evaluation_of_packed_is_that_of_the_run(tuned, tmp_path, capsys):

@@ -89,9 +89,9 @@ class QuantLinear(nn.Module):
         return y if self.adapter is None else y + self.adapter(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
         if self.input_bits < 16:
             return self._low_bit(x)
+        weight = (self._codes(), self.scales, self.zeros, self.bits, self.group_size)
         if self.codebook is not None and (self.activations or isinstance(self.noise, ops_noisy.CodeNoise)):
             raise ValueError(f"{self.name}: codes of a codebook with 8-bit activations or noise on codes; expected noise on the scales")
         if self.vectors:

@@ -53,8 +53,6 @@ def read_config(folder: Folder) -> PackedConfig | None:
     if found is None:
         return None
     bits, size, activations, smoothing = checked(*found, VERSION)
-    if activations < 16 and size != -1 and size % 32:
-        raise BadInput(found[1], f"group_size {size} with activations of {activations} bits", "a multiple of 32, or -1 for whole rows")
     return PackedConfig(field(bits), size, width=bits, activations=activations, smoothing=smoothing)
 
 

@@ -2,7 +2,7 @@
 
 A FakeQuantLinear has, for a weight of N rows, K columns, G = ceil(K / group_size) groups:
 
-    weight    [N, K] fp32 or bf16: the latent W, as in the checkpoint: neither smoothed nor rounded. Moved by a target `latent`
+    weight    [N, K] fp32, bf16 or fp16: the latent W, as in the checkpoint: neither smoothed nor rounded. Moved by a target `latent`
     bias      [N] or None: B, as in the checkpoint
     low, high [N, G] fp32: logits of the clipping bounds (LWC). Moved by a target `quantizer`
     factor, move [N, G] fp32: Δ is that of the bounds times factor, z that of the bounds plus move, rounded, 0 … 2^b - 1. At first 1

@@ -1,4 +1,4 @@
-"""The latent checkpoint of ZeroQAT on disk: the 16-bit model as it is, and beside it the quantizer of every decoder layer.
+"""The latent checkpoint of ZeroQAT on disk: the 16-bit model, the weights of its Linears latent, and beside it the quantizer of every decoder layer.
 
 config.json, quantization_config: quant_method "qzo_zeroqat", version 1, bits, group_size, activations, smoothing.
 Per decoder layer, fp32: what `quantizer_state` of model/qat.py names, after the layer's own name:
@@ -60,4 +60,7 @@ def checked(raw: dict, where: str, version: int) -> tuple[int, int, int, bool]:
         raise BadInput(where, f"activations {raw.get('activations')!r}", "4, 6, 8 or 16")
     if type(raw.get("smoothing")) is not bool:
         raise BadInput(where, f"smoothing {raw.get('smoothing')!r}", "true or false")
-    return raw["bits"], raw["group_size"], raw["activations"], raw["smoothing"]
+    bits, size, activations = raw["bits"], raw["group_size"], raw["activations"]
+    if activations < 16 and size != -1 and size % 32:
+        raise BadInput(where, f"group_size {size} with activations of {activations} bits", "a multiple of 32, or -1 for whole rows: products are of integers")
+    return bits, size, activations, raw["smoothing"]

@@ -35,7 +35,7 @@ def quantize_model(
 
     One layer at a time is in memory. GPTQ and zeroqat read `samples` windows of `max_length` tokens (at most the model's
     context) from `calibration`; rtn, and bitsandbytes' int8, nf4 and fp4, need none. None: 4 bits, groups of 128 and the format gptq;
-    for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps the weights and writes a quantizer beside them, for weights with
+    for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps 16-bit weights and writes a quantizer beside them, for weights with
     a zero point per group and for `activations` of 4, 6, 8 or 16 bits (None: 16, which is none), its group_size by default -1 with
     activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are. `progress(linears done, in all, text)` is called first and after each set
     of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
@@ -50,7 +50,6 @@ def quantize_model(
     from qzo.model.files import Folder
     from qzo.model.load import load_tokenizer, pick_device, pick_dtype, skeleton
     from qzo.quantize.calibration import load_windows
-    from qzo.quantize.compensate import BITS as COMPENSATED
     from qzo.quantize.resume import LayerWriter, settings_of
     from qzo.quantize.bnb import METHODS as LIBRARY
     from qzo.quantize.bnb import BnbWalk
@@ -58,9 +57,7 @@ def quantize_model(
     from qzo.quantize.zeroqat import LatentWalk
 
     begin = time.monotonic()
-    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length, activations)
-    if method == "zeroqat":
-        config = replace(config, compensation=compensation and config.bits in COMPENSATED)
+    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length, activations, compensation)
     folder = Folder(model)
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
@@ -122,7 +119,7 @@ def _write(
 
 def _settings(
     method: str, bits: int | None, group_size: int | None, sym: bool, desc_act: bool, format: str | None,
-    calibration: str | None, samples: int, max_length: int, activations: int | None = None,
+    calibration: str | None, samples: int, max_length: int, activations: int | None = None, compensation: bool = True,
 ) -> "Quantization":  # fmt: skip
     from qzo.model.gptq_format import BITS, GptqConfig
 
@@ -130,10 +127,12 @@ def _settings(
     if method not in METHODS:
         raise BadInput("method", method, ", ".join(METHODS))
     if method == "zeroqat":
-        return _latent(bits, group_size, activations, desc_act, format, calibration, samples, max_length)
+        return _latent(bits, group_size, activations, compensation, desc_act, format, calibration, samples, max_length)
     if activations is not None:
         raise BadInput("activations", f"{activations} with method {method}", "method zeroqat, which has a quantizer for them",
                        "Leave it out: the recipe key activations rounds the inputs of any uniform checkpoint.")  # fmt: skip
+    if not compensation:
+        raise BadInput("compensation", f"false with method {method}", "method zeroqat, whose latents may be left as they are", "Leave it out.")
     if method not in ("gptq", "rtn"):
         return _of_library(method, bits, group_size, sym, desc_act, format)
     bits, group_size, format = (4 if bits is None else bits), (128 if group_size is None else group_size), format or "gptq"
@@ -159,9 +158,10 @@ def _check_windows(samples: int, max_length: int) -> None:
 
 
 def _latent(
-    bits: int | None, group_size: int | None, activations: int | None, desc_act: bool, format: str | None, calibration: str | None,
-    samples: int, max_length: int,
+    bits: int | None, group_size: int | None, activations: int | None, compensation: bool, desc_act: bool, format: str | None,
+    calibration: str | None, samples: int, max_length: int,
 ) -> "Quantization":  # fmt: skip
+    from qzo.quantize.compensate import BITS as COMPENSATED
     from qzo.quantize.zeroqat import settings
 
     for key, given in (("desc_act", desc_act and "true"), ("format", format)):
@@ -171,7 +171,7 @@ def _latent(
     _check_windows(samples, max_length)
     if calibration is None:
         raise BadInput("calibration", "none", "text for method zeroqat", "Give --calibration FILE.")
-    return found
+    return replace(found, compensation=compensation and found.bits in COMPENSATED)
 
 
 def _of_library(method: str, bits: int | None, block: int | None, sym: bool, desc_act: bool, format: str | None) -> "Quantization":

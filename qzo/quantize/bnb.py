@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qzo.errors import BadInput
 from qzo.model.bnb4_format import LEVELS
+from qzo.model.bnb8_format import scales_of
 from qzo.model.files import one_line
 from qzo.model.save import FolderWriter
 from qzo.model.uniform import Quantization
@@ -51,7 +52,7 @@ def quantize_weight(weight: Tensor, method: str, block: int) -> tuple[dict[str, 
         # A copy, as the library may write to it; in fp16, which it takes.
         codes, scb, _ = functional.int8_vectorwise_quant(weight.to(torch.float16, copy=True))
         parts = {"weight": codes, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-        return parts, codes.float() * (scb[:, None] / 127)
+        return parts, codes.float() * scales_of(scb)[:, None]
     packed, state = functional.quantize_4bit(weight, blocksize=block, quant_type=method)
     parts = {"weight": packed} | {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
     return parts, functional.dequantize_4bit(packed, state).float()

@@ -48,6 +48,7 @@ CASES = {
     "bits": (config(bits=5), "quantization_config: bits 5; expected 2, 3, 4, 6 or 8"),
     "16 bits": (config(bits=16), "quantization_config: bits 16; expected 2, 3, 4, 6 or 8"),
     "group": (config(group_size=0), "quantization_config: group_size 0; expected a positive"),
+    "odd group": (config(group_size=48), "group_size 48 with activations of 8 bits; expected a multiple of 32"),
     "other group": (config(group_size=32), ".low: torch.float32 of shape [64, 1]; expected torch.float32 of shape [64, 2]"),
     "activations": (config(activations="8"), "quantization_config: activations '8'; expected 4, 6, 8 or 16"),
     "smoothing": (config(smoothing=1), "quantization_config: smoothing 1; expected true or false"),

@@ -9,6 +9,7 @@ from qzo_kernels.reference_qat import grid_codes, smoothed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from qzo.conflicts import QUANTIZER
 from qzo.model.qat import FakeQuantLinear, Precision
 from qzo.model.smoothing import Channels, Site
 from qzo.zo.noise import variants
@@ -265,6 +266,19 @@ def test_a_quantizer_makes_the_grid_anew_and_each_sign_has_its_own(data):
         pass
 
 
+def test_the_unit_of_shifts_is_the_mean_whatever_the_order_of_the_sum():
+    net = Net()
+    shift = net.layer.sites["first"].shift.data
+    # In fp32 a sum drops what is small beside a part of it, and which parts there are is up to the device and its threads.
+    shift.fill_(1.0)[0] = 2.0**25
+    units = [Quantizer(net, ("shift",), 0.1, 0.1).settings()["units"]["layer.sites.first.shift/quantizer"]]
+    shift.copy_(shift.flip(0).clone())
+    units.append(Quantizer(net, ("shift",), 0.1, 0.1).settings()["units"]["layer.sites.first.shift/quantizer"])
+    assert units == [torch.tensor((2**25 + 39) / 40).item()] * 2
+    shift.zero_()
+    assert Quantizer(net, ("shift",), 0.1, 0.1).settings()["units"]["layer.sites.first.shift/quantizer"] == torch.tensor(1e-8).item()
+
+
 def test_what_is_divided_by_stays_positive():
     net = Net()
     quantizer = Quantizer(net, PARTS, 0.9, 1.0)
@@ -294,6 +308,10 @@ def test_statistics_and_warnings(at_once, monkeypatch):
     assert "Raise lr" in target.warning(1e-7, 1000) and "pile up" in target.warning(1.0, 1000) and target.warning(1e-3, 1000) is None
     assert net.latent(relative=False).warning(1e-9, 1) is None
     assert Quantizer(net, ("step", "span"), 0.1, 0.1).statistics(at)["factor"] == {"mean": 1.0, "smallest": 1.0, "largest": 1.0}
+
+
+def test_a_recipe_knows_the_parts():
+    assert QUANTIZER == tuple(PARTS)
 
 
 def test_others_are_refused():

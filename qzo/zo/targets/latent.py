@@ -23,7 +23,6 @@ from qzo.model.qat import FakeQuantLinear
 from qzo.zo.noise import Variants, check_unique, tensor_name, tensor_uid
 from qzo.zo.targets import TensorInfo, layers_under_noise
 
-
 _AT_ONCE = 1 << 21  # elements that statistics look at: intermediate tensors of some ten of these
 
 

@@ -9,6 +9,7 @@
 Of each sign a grid is made (qzo/model/qat.py); the weights of the pair are the same.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,13 @@ def moves_relative(name: str) -> bool:
 def shift_quantizer_(values: Tensor, state: Tensor, coefs: Tensor, uid: int, name: str, floor: float, unit: float, gaussian: bool) -> None:
     """What `Quantizer.apply` does to one tensor: values fp32 [rows, cols] in place; state int64 [2], coefs fp32 [S, D]; unit: an fp32 number."""
     ops.update_(values, state, coefs * unit, uid, floor, moves_relative(name), gaussian)
+
+
+def _mean_size(values: Tensor) -> float:
+    """mean |value| as an fp32 number, at least _LEAST_UNIT."""
+    # Exact before it is rounded: a run that goes on on another device, or with other threads, must find the unit of its journal.
+    mean = math.fsum(values.abs().flatten().tolist()) / values.numel()
+    return torch.tensor(max(mean, _LEAST_UNIT), dtype=torch.float32).item()
 
 
 class Quantizer:
@@ -67,8 +75,7 @@ class Quantizer:
         for name, value in self.state().items():
             floor = floor_of(value) if moves_relative(name) else float("-inf")
             self._info.append(TensorInfo(name, tensor_uid(name), tuple(value.shape), floor))
-            key = self._slots[name][1]
-            self._units[name] = float(value.abs().mean().clamp(min=_LEAST_UNIT)) if key == "shift" else 1.0
+            self._units[name] = _mean_size(value) if self._slots[name][1] == "shift" else 1.0
 
     def parameters(self) -> list[nn.Parameter]:
         return [module._parameters[key] for module, key in self._slots.values()]
