@@ -48,9 +48,9 @@ def _add_quantize(verbs: argparse._SubParsersAction) -> None:
     p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1),
                    help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64, for zeroqat with low-bit activations -1)")  # fmt: skip
     sym = p.add_mutually_exclusive_group()
-    sym.add_argument("--sym", dest="sym", action="store_true", default=True, help="zero point in the middle (default)")
-    sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
-    p.add_argument("--desc-act", action="store_true", help="quantize columns in order of activation size")
+    sym.add_argument("--sym", dest="sym", action="store_true", default=None, help="zero point in the middle (default of gptq and rtn)")
+    sym.add_argument("--asym", dest="sym", action="store_false", default=None, help="a zero point per group, as zeroqat always has")
+    p.add_argument("--desc-act", action="store_true", help="gptq: quantize columns in order of activation size")
     p.add_argument("--format", choices=("gptq", "gptq_v2"), help="checkpoint format of gptq and rtn (default: gptq)")
     p.add_argument("--calibration", metavar="FILE", help="texts for gptq and zeroqat: jsonl with `text`, or a .txt file")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (default: 128)")

@@ -64,7 +64,7 @@ def _check_latent(recipe: Recipe, config: LatentConfig | None) -> None:
     """Raises BadInput for a latent checkpoint with another method, for another checkpoint with zeroqat, and for parts of the quantizer it lacks."""
     if config is None:
         raise BadInput(recipe.model, "no latent checkpoint, with method: zeroqat", "16-bit weights and their quantizer",
-                       f"Make one: qzo quantize {recipe.model} -o OUT --method zeroqat, of a 16-bit model, then model=OUT.")  # fmt: skip
+                       "Make one of the 16-bit model: qzo quantize MODEL_16 -o OUT --method zeroqat --calibration FILE; then model=OUT.")  # fmt: skip
     if recipe.method != "zeroqat":
         raise BadInput(recipe.model, f"a latent checkpoint of ZeroQAT, with method: {recipe.method}", "method: zeroqat",
                        "Set method=zeroqat, or export it first: qzo export … --format packed.")  # fmt: skip

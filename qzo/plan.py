@@ -25,11 +25,13 @@ def plan(recipe: Recipe, name: str, restart: bool = False) -> None:
     codes, latents = (sum(found.values()) for found in (fit.shapes.host_codes(), fit.shapes.host_latents()))
     forwards_of_step = -(-recipe.batch_size // fit.micro)
     room = f" of {gigabytes(fit.available)} available" if fit.available else ""
+    low = getattr(config, "activations", 16)
+    inputs = f", activations of {low} bits" if low < 16 else ""
     lines = [
         to_yaml(recipe).rstrip(),
         "",
         f"run folder: {where.path} ({'continues' if header else 'new'})",
-        f"model: {getattr(config, 'width', config.bits)} bits, group {config.group_size}, {config.version}; on {fit.device.type} in {str(fit.dtype)[6:]}",
+        f"model: {getattr(config, 'width', config.bits)} bits, group {config.group_size}, {config.version}{inputs}; on {fit.device.type} in {str(fit.dtype)[6:]}",
         f"data: {len(train)} training examples ({rows:.3g} rows and {tokens:.0f} tokens each), {len(validation)} for evaluation",
         f"work: {recipe.steps} steps, {forwards:.0f} example-forwards, {fit.micro} examples at a time",
         f"memory: about {gigabytes(fit.estimate().peak)}{room}, beside {'the CUDA context' if fit.device.type == 'cuda' else 'Python and its libraries'}",

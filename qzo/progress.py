@@ -93,6 +93,30 @@ class Steps:
         self._tokens, self._since, self._losses, self._sizes = self._newest, now, [], []
 
 
+class Still:
+    """Says once, on standard error, that d was exactly 0 in so many steps in a row: both signs had the same loss, and nothing moved.
+
+    As Steps, it is called with the lines of metrics.jsonl. A skipped step has no d and is not one of them.
+    """
+
+    MANY = 20
+
+    def __init__(self, direction: str):
+        """`direction`: the recipe's."""
+        self._do = "Raise eps, or batch_size"
+        if direction == "realized":
+            self._do = "No weight may be left within eps of a bound between codes: lower lr, raise eps, or use direction=latent"
+        self._count, self._said = 0, False
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if "step" not in line:
+            return
+        self._count = self._count + 1 if line["abs_d"] == 0 and not line["skipped"] else 0
+        if self._count == self.MANY and not self._said:
+            self._said = True
+            print(f"warning: |d| was 0 in the last {self.MANY} steps, so nothing moved. {self._do}; then --restart.", file=sys.stderr)
+
+
 def _mean(values: list[float | None], form: str) -> str:
     finite = [value for value in values if value is not None]
     return f"{sum(finite) / len(finite):{form}}" if finite else "nan"

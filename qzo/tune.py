@@ -28,7 +28,7 @@ from qzo.journal import FLAG_CLIPPED, FLAG_SKIPPED, Journal, Record
 from qzo.metrics import Counts, Metrics, cut_back, read_metrics
 from qzo.model.decoder import is_plain
 from qzo.model.load import LoadedModel, load_tokenizer
-from qzo.progress import Progress, Steps
+from qzo.progress import Progress, Steps, Still
 from qzo.rebuild import build_targets, load_base, replay, units
 from qzo.recipe import PIECES, Recipe, to_yaml
 from qzo.report import write_report
@@ -261,7 +261,7 @@ class Tuner:
     def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals, progress: Progress) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
         self.skipped = _skipped_tail(journal.records)
-        metrics.listeners.append(Steps(progress, recipe.log_every, recipe.steps, self.counts.tokens))
+        metrics.listeners += [Steps(progress, recipe.log_every, recipe.steps, self.counts.tokens), Still(recipe.direction)]
         while (done := self.optimizer.steps) < recipe.steps:
             if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
                 progress.close()

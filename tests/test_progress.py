@@ -8,7 +8,7 @@ import pytest
 
 from qzo.errors import RunFailed
 from qzo.metrics import Metrics, cut_back, read_metrics
-from qzo.progress import Progress, Steps
+from qzo.progress import Progress, Steps, Still
 
 
 class Terminal(io.StringIO):
@@ -107,6 +107,20 @@ def test_the_line_after_an_evaluation_within_a_group(clock):
     clock[0] += 1
     steps(line(1, 2.0, 2.0, 100))
     assert stream.getvalue() == "tune 2/2  loss 1.5000  |d| 1.5  lr 0.018  tokens/s 30  GB 8.65\n"
+
+
+@pytest.mark.parametrize("direction,do", [("latent", "Raise eps, or batch_size;"), ("realized", "or use direction=latent;")])
+def test_a_run_that_stands_still_says_so_once(direction, do, capsys):
+    still = Still(direction)
+    sizes = [*[0.0] * 19, 0.1, *[0.0] * 10, None, *[0.0] * 19]
+    for step, size in enumerate(sizes):
+        still(line(step, 1.0, size, 0) | {"skipped": size is None})
+    still({"after": len(sizes), "evaluation": {}})
+    assert capsys.readouterr().err == ""
+    for step in range(50):
+        still(line(step, 1.0, 0.0, 0) | {"skipped": False})
+    said = capsys.readouterr().err
+    assert said.startswith("warning: |d| was 0 in the last 20 steps, so nothing moved.") and do in said and said.count("\n") == 1
 
 
 def test_listeners_get_the_lines_as_written(tmp_path):

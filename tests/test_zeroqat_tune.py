@@ -120,7 +120,7 @@ def test_dry_run_and_warnings(latent4, sentiment, tmp_path, capsys):
     path = write_recipe(tmp_path / "r.yaml", latent4, sentiment, **ZEROQAT)
     assert main(["tune", path, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "4 bits, group -1, zeroqat" in said and "latents" in said
+    assert "4 bits, group -1, zeroqat, activations of 4 bits; on" in said and "latents" in said
     assert main(["tune", path, "lr=1e-9", "steps=25"]) == 0
     assert "hardly a code will ever change. Raise lr." in capsys.readouterr().err
 

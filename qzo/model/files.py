@@ -141,6 +141,12 @@ class Folder:
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
 
+    def _there(self, name: str) -> str:
+        stored = self._stored_name(name)
+        if stored is None:
+            raise BadInput(str(self.path), f"no tensor {name}", "every tensor of the model", "The checkpoint is incomplete.")
+        return stored
+
     def _stored_name(self, name: str) -> str | None:
         """Base-model checkpoints (OPT's, for one) leave out the leading `model.`."""
         for candidate in (name, name.removeprefix("model.")):
@@ -150,13 +156,12 @@ class Folder:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, backed by the mapped file. Raises BadInput when the checkpoint lacks it."""
-        stored = self._stored_name(name)
-        if stored is None:
-            raise BadInput(str(self.path), f"no tensor {name}", "every tensor of the model", "The checkpoint is incomplete.")
+        stored = self._there(name)
         return self._open(self.tensors[stored]).get_tensor(stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored = self._stored_name(name)
+        """BadInput as in `read`."""
+        stored = self._there(name)
         return tuple(self._open(self.tensors[stored]).get_slice(stored).get_shape())
 
     def sha256(self) -> str:

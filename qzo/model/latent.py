@@ -65,6 +65,10 @@ def prepared_layers(
         fill(model, folder, device, dtype, f"{name}.", exact=nn.Linear)
         prepare_layer(layer, config.precision, config.smoothing)
         load_quantizer_state(layer, {key: _read(folder, f"{name}.{key}", old) for key, old in quantizer_state(layer).items()})
+        for inner, module in layer.named_modules(prefix=name):
+            if isinstance(module, FakeQuantLinear) and not all(bound.isfinite() for bound in module.weight.aminmax()):
+                raise BadInput(f"{folder.path}, {inner}.weight", "infinities or NaN", "finite weights", "The checkpoint is damaged.")
+        module = None  # or the last of them is held while the next layer is read
         yield layer, {f"{name}.{inner}": module for inner, module in layer.named_modules() if isinstance(module, FakeQuantLinear)}
 
 

@@ -26,7 +26,7 @@ KEPT = "The layers that are done are kept; the same command continues."
 
 
 def quantize_model(
-    model: str, out: str | Path, method: str = "gptq", bits: int | None = None, group_size: int | None = None, sym: bool = True,
+    model: str, out: str | Path, method: str = "gptq", bits: int | None = None, group_size: int | None = None, sym: bool | None = None,
     desc_act: bool = False, format: str | None = None, calibration: str | None = None, samples: int = 128,
     max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None, restart: bool = False,
     activations: int | None = None, compensation: bool = True,
@@ -38,7 +38,7 @@ def quantize_model(
     for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps 16-bit weights and writes a quantizer beside them, for weights with
     a zero point per group and for `activations` of 4, 6, 8 or 16 bits (None: 16, which is none), its group_size by default -1 with
     activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are. `progress(linears done, in all, text)` is called first and after each set
-    of Linears. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
+    of Linears. sym: None is true, and zeroqat takes no other. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
     error of the Linears' outputs on the calibration inputs (zeroqat: of the layers'), of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
 
@@ -118,7 +118,7 @@ def _write(
 
 
 def _settings(
-    method: str, bits: int | None, group_size: int | None, sym: bool, desc_act: bool, format: str | None,
+    method: str, bits: int | None, group_size: int | None, sym: bool | None, desc_act: bool, format: str | None,
     calibration: str | None, samples: int, max_length: int, activations: int | None = None, compensation: bool = True,
 ) -> "Quantization":  # fmt: skip
     from qzo.model.gptq_format import BITS, GptqConfig
@@ -127,12 +127,13 @@ def _settings(
     if method not in METHODS:
         raise BadInput("method", method, ", ".join(METHODS))
     if method == "zeroqat":
-        return _latent(bits, group_size, activations, compensation, desc_act, format, calibration, samples, max_length)
+        return _latent(bits, group_size, activations, compensation, sym, desc_act, format, calibration, samples, max_length)
     if activations is not None:
         raise BadInput("activations", f"{activations} with method {method}", "method zeroqat, which has a quantizer for them",
                        "Leave it out: the recipe key activations rounds the inputs of any uniform checkpoint.")  # fmt: skip
     if not compensation:
         raise BadInput("compensation", f"false with method {method}", "method zeroqat, whose latents may be left as they are", "Leave it out.")
+    sym = sym is not False
     if method not in ("gptq", "rtn"):
         return _of_library(method, bits, group_size, sym, desc_act, format)
     bits, group_size, format = (4 if bits is None else bits), (128 if group_size is None else group_size), format or "gptq"
@@ -158,15 +159,17 @@ def _check_windows(samples: int, max_length: int) -> None:
 
 
 def _latent(
-    bits: int | None, group_size: int | None, activations: int | None, compensation: bool, desc_act: bool, format: str | None,
+    bits: int | None, group_size: int | None, activations: int | None, compensation: bool, sym: bool | None,
+    desc_act: bool, format: str | None,
     calibration: str | None, samples: int, max_length: int,
 ) -> "Quantization":  # fmt: skip
     from qzo.quantize.compensate import BITS as COMPENSATED
     from qzo.quantize.zeroqat import settings
 
-    for key, given in (("desc_act", desc_act and "true"), ("format", format)):
+    one = "method gptq or rtn: a latent checkpoint has one format, a zero point per group and columns in order"
+    for key, given in (("sym", None if sym is None else str(sym).lower()), ("desc_act", desc_act and "true"), ("format", format)):
         if given:
-            raise BadInput(key, f"{given} with method zeroqat", "method gptq or rtn: a latent checkpoint has one format, and columns in order")
+            raise BadInput(key, f"{given} with method zeroqat", one, "Leave it out.")
     found = settings(bits, group_size, activations)
     _check_windows(samples, max_length)
     if calibration is None:

@@ -56,6 +56,8 @@ CASES = {
     "no site": (put("model.layers.0.sites.value.shift"), "no tensor model.layers.0.sites.value.shift"),
     "no span": (put(f"{Q}.span"), f"no tensor {Q}.span"),
     "no weight": (put(f"{Q}.weight"), f"no tensor {Q}.weight"),
+    "nan weight": (put(f"{Q}.weight", lambda t: t * float("nan")), f"{Q}.weight: infinities or NaN; expected finite weights"),
+    "infinite weight": (put(f"{Q}.weight", lambda t: t.index_fill(0, torch.tensor(0), float("inf"))), f"{Q}.weight: infinities or NaN"),
     "half": (put(f"{Q}.high", torch.Tensor.half), f"{Q}.high: torch.float16 of shape [64, 1]; expected torch.float32"),
     "nan": (put(f"{Q}.high", lambda t: t * float("nan")), f"{Q}.high: values that no quantizer has"),
     "zero": (put("model.layers.0.sites.inner.scale", torch.zeros_like), "sites.inner.scale: values that no quantizer has; expected finite numbers, positive"),
@@ -71,3 +73,12 @@ def test_folder(case, latent, tmp_path, refused):
     damage(folder)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     refused("evaluate", folder, "--perplexity", tmp_path / "text.txt", "--device", "cpu", says=says)
+
+
+def test_a_run_on_an_incomplete_folder(latent, tmp_path, refused):
+    """The estimate, which reads shapes alone, comes first there."""
+    folder = shutil.copytree(latent, tmp_path / "model")
+    put(f"{Q}.weight")(folder)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    keys = (f"model={folder}", f"data={tmp_path / 'text.txt'}", "eval_split=train", "max_length=16", f"output_dir={tmp_path / 'run'}")
+    refused("tune", "zeroqat-w4a4", *keys, says=[f"no tensor {Q}.weight", "incomplete"])

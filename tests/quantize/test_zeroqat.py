@@ -106,6 +106,7 @@ REFUSED = {
     "samples": ({"samples": 0}, "at least 1 window"),
     "order": ({"desc_act": True}, "desc_act: true with method zeroqat"),
     "format": ({"format": "gptq"}, "format: gptq with method zeroqat"),
+    "sym": ({"sym": True}, "sym: true with method zeroqat; expected method gptq or rtn"), "asym": ({"sym": False}, "sym: false with method zeroqat"),
     "other method": ({"method": "rtn", "activations": 8}, "activations: 8 with method rtn; expected method zeroqat"),
     "compensation": ({"method": "rtn", "compensation": False}, "compensation: false with method rtn; expected method zeroqat"),
     "six bits": ({"method": "rtn", "bits": 6}, "bits: 6; expected 2, 3, 4 or 8"),

@@ -306,7 +306,7 @@ def test_statistics_and_warnings(at_once, monkeypatch):
     codes, old = (grid_codes(smoothed(w, *fake.scales()), fake.step, fake.zero, 4, 16) for w in (fake.weight.data, net.base["layer.a_proj.weight"]))
     assert float((codes - old).abs().max()) == 1
     assert "Raise lr" in target.warning(1e-7, 1000) and "pile up" in target.warning(1.0, 1000) and target.warning(1e-3, 1000) is None
-    assert net.latent(relative=False).warning(1e-9, 1) is None
+    assert net.latent(relative=False).warning(1e-9, 1) is None and target.warning(0.0, 1000) is None
     assert Quantizer(net, ("step", "span"), 0.1, 0.1).statistics(at)["factor"] == {"mean": 1.0, "smallest": 1.0, "largest": 1.0}
 
 

@@ -152,7 +152,7 @@ class Latent:
 
         A weight lies anywhere between two bounds of codes: moving by a thousandth of a step changes the code of one in a thousand.
         """
-        if not self.relative:
+        if not self.relative or coef == 0:  # progress.Still says where d is 0
             return None
         most, chance, top = coef * steps, coef * steps**0.5, min((1 << layer.precision.bits) - 1 for layer in self.layers.values())
         said = f"{steps} steps move a weight by {most:.2g} of a grid step at most and {chance:.2g} by chance"
