@@ -160,8 +160,7 @@ def _check_windows(samples: int, max_length: int) -> None:
 
 def _latent(
     bits: int | None, group_size: int | None, activations: int | None, compensation: bool, sym: bool | None,
-    desc_act: bool, format: str | None,
-    calibration: str | None, samples: int, max_length: int,
+    desc_act: bool, format: str | None, calibration: str | None, samples: int, max_length: int,
 ) -> "Quantization":  # fmt: skip
     from qzo.quantize.compensate import BITS as COMPENSATED
     from qzo.quantize.zeroqat import settings
