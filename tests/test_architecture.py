@@ -121,6 +121,12 @@ def test_top_level_is_fixed():
     assert {name for name in tracked if not name.endswith(".egg-info")} <= expected
 
 
+def test_every_test_file_has_a_name_of_its_own():
+    """Of two with one name pytest collects the first alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(names)
+
+
 def test_every_listed_package_is_a_folder():
     import tomllib
 
