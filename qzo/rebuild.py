@@ -186,7 +186,9 @@ def tuned_state(
         done = found[0]
         for name, value in state.items():
             value.copy_(found[1][name])
-    replay(header, records[done:steps], state, base_units(folder, header, device), progress, device)
+    # Making units reads the weights of the base once more; a snapshot of the last step needs none.
+    if left := records[done:steps]:
+        replay(header, left, state, base_units(folder, header, device), progress, device)
     return steps, state
 
 
