@@ -133,3 +133,16 @@ def llama4_copy(llama4: Path, tmp_path: Path) -> Path:
 def recipe(tmp_path: Path, llama4: Path, sentiment: Path) -> str:
     """A recipe file for six steps on them, its run in tmp_path/run."""
     return write_recipe(tmp_path / "recipe.yaml", llama4, sentiment)
+
+
+def step_without_waiting(graphs, batches):
+    """Three steps, which warm up and capture, and four in which nothing may wait for the CUDA device."""
+    for _ in range(3):
+        graphs.step(batches)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            graphs.step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

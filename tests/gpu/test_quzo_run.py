@@ -3,7 +3,7 @@
 import pytest
 import torch
 from qzo_kernels import reference_noisy
-from tiny_runs import make_model
+from tiny_runs import make_model, step_without_waiting
 
 from qzo.checkpoint import state_hash
 from qzo.cli import main
@@ -66,15 +66,7 @@ def test_no_step_waits_for_the_device(kind, shared, w8, tmp_path):
     batch = run._batch(0)
     for capture in (False, True):
         graphs = Graphs(run.optimizer, lambda parts, variants: per_example_loss(run.loaded.model, parts[0], variants).mean(1), capture)
-        for _ in range(3):
-            graphs.step(batch)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(3):
-                graphs.step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        step_without_waiting(graphs, batch)
 
 
 @pytest.mark.parametrize("kind", ["w4a16", "w4a8", "w8a8"])

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_runs import make_model
+from tiny_runs import make_model, step_without_waiting
 
 from qzo.cli import main
 from qzo.data.batches import collate
@@ -136,15 +136,7 @@ def test_no_step_waits_for_the_device(pair):
     for capture in (False, True):
         optimizer = ZO([Scales(streamed.layers, 0.05, 0.0)], stacked=True)
         graphs = Graphs(optimizer, lambda parts, variants: per_example_loss(streamed.model, parts[0], variants).mean(1), capture, streamed.rest)
-        for _ in range(3):
-            graphs.step(given)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(4):
-                graphs.step(given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        step_without_waiting(graphs, given)
         assert optimizer.last.step == 6
 
 

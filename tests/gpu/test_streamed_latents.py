@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_runs import make_data, make_model, sentences, write_recipe
+from tiny_runs import make_data, make_model, sentences, step_without_waiting, write_recipe
 
 from qzo.checkpoint import newest_snapshot
 from qzo.cli import main
@@ -125,15 +125,7 @@ def test_no_step_waits_for_the_device(pair):
     for capture in (False, True):
         optimizer = optimizer_of(streamed, lr=0.0)
         graphs = Graphs(optimizer, loss_of(streamed), capture, streamed.rest)
-        for _ in range(3):
-            graphs.step(given)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(4):
-                graphs.step(given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        step_without_waiting(graphs, given)
         assert optimizer.last.step == 6
 
 

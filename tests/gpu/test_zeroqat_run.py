@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import make_data, make_model, sentences, write_recipe
+from tiny_runs import make_data, make_model, sentences, step_without_waiting, write_recipe
 
 from qzo.checkpoint import state_hash
 from qzo.cli import main
@@ -68,12 +68,4 @@ def test_no_step_waits_for_the_device(kind, made):
     batch = run._batch(0)
     for capture in (False, True):
         graphs = Graphs(run.optimizer, lambda parts, variants: per_example_loss(run.loaded.model, parts[0], variants).mean(1), capture)
-        for _ in range(3):
-            graphs.step(batch)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(3):
-                graphs.step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        step_without_waiting(graphs, batch)
