@@ -6,7 +6,7 @@
               comes out of the moved weights: z exactly, Δ but for the last bit of fp32 where no factor gives it
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from qzo.run import is_run, read_run
 FORMATS = ("packed", "gptq_v2", "zeroqat")
 _GROUPS = ("latent", "quantizer")
 # Of a module's output on one input, in norm, in fp32. A whole layer's: a channel that differs in its last bit may round to a neighbour, which
-# on a coarse grid is far. Logits have no such bound: over many layers these differences grow to the size of the quantization's own error.
+# on a coarse grid is far; so is a code that moved, for the output of its Linear. Logits have no such bound: over many layers these differences
+# grow to the size of the quantization's own error.
 TOLERANCE, ROUNDED, LAYER = 1e-4, 2e-3, 0.05
 MOVED = 1e-5  # share of codes that a step which differs in its last bit may move
 
@@ -155,22 +156,23 @@ def verify_folder(loaded: LoadedModel, out: str, format: str, ids: Tensor) -> di
 
     Codes, steps and zeros must be equal (scales of gptq_v2 rounded to fp16; of zeroqat MOVED of the codes may differ). On the inputs that
     the model itself gives them, outputs of Linears, norms, embeddings and head must be within TOLERANCE in norm (ROUNDED for gptq_v2), of
-    whole layers within LAYER; RunFailed otherwise. Returns {format, codes: share that differs, parts, layers: the largest ‖a - b‖/‖b‖,
-    apart: that of the logits, said: all that in a line}.
+    whole layers, and of Linears in which a code differs, within LAYER; RunFailed otherwise. Returns {format, codes: share that differs,
+    parts, layers: the largest ‖a - b‖/‖b‖, apart: that of the logits, said: all that in a line}.
     """
     written = load_model(out, "cpu", "fp32")
-    ours, theirs, count, differ = {**loaded.fakes, **loaded.layers}, {**written.fakes, **written.layers}, 0, 0
+    ours, theirs, count, moved = {**loaded.fakes, **loaded.layers}, {**written.fakes, **written.layers}, 0, {}
     for name, module in ours.items():
         a, b = packed(module), packed(theirs[name])
         different = int((a.codes != b.codes).sum())
         step = a.step.half().float() if format == "gptq_v2" else a.step
-        count, differ = count + a.codes.numel(), differ + different
+        count, moved = count + a.codes.numel(), moved | ({name: different} if different else {})
         if not torch.equal(a.zero, b.zero) or format != "zeroqat" and (different or not torch.equal(step, b.step)):
             raise RunFailed(f"{out}, {name}", "codes, steps or zeros that differ from the model's", "equal ones", "Please report this.")
+    differ = sum(moved.values())
     if differ > MOVED * count:
         raise RunFailed(out, f"{differ} of {count} codes that differ from the model's", f"at most {MOVED} of them", "Please report this.")
     bounds = {"parts": ROUNDED if format == "gptq_v2" else TOLERANCE, "layers": LAYER}
-    found, expected = _beside(loaded, written, ids)
+    found, expected = _beside(loaded, written, ids, moved)
     for kind, (name, distance) in found.items():
         if not distance <= bounds[kind]:
             raise RunFailed(f"{out}, {name}", f"an output that differs by {distance:.3g} in norm", f"at most {bounds[kind]}", "Please report this.")
@@ -181,8 +183,8 @@ def verify_folder(loaded: LoadedModel, out: str, format: str, ids: Tensor) -> di
     return {"format": format, "codes": differ / count, **distances, "apart": apart, "said": said}
 
 
-def _beside(loaded: LoadedModel, written: LoadedModel, ids: Tensor) -> tuple[dict[str, tuple[str, float]], Tensor]:
-    """(the module of the largest distance and that distance, among parts and among layers; the model's logits)."""
+def _beside(loaded: LoadedModel, written: LoadedModel, ids: Tensor, moved: Collection[str]) -> tuple[dict[str, tuple[str, float]], Tensor]:
+    """(the module of the largest distance and that distance, among parts and among layers with the Linears in `moved`; the model's logits)."""
     others, layers = dict(written.model.named_modules()), set(loaded.model.get_decoder().layers)
     found, handles = {"parts": ("", 0.0), "layers": ("", 0.0)}, []
 
@@ -193,8 +195,8 @@ def _beside(loaded: LoadedModel, written: LoadedModel, ids: Tensor) -> tuple[dic
             found[kind] = (name, distance)
 
     for name, module in loaded.model.named_modules():
-        kind = "layers" if module in layers else "parts"
-        if kind == "layers" or next(module.children(), None) is None and next(module.parameters(), None) is not None:
+        kind = "layers" if module in layers or name in moved else "parts"
+        if module in layers or next(module.children(), None) is None and next(module.parameters(), None) is not None:
             handles.append(module.register_forward_hook(partial(compare, name, kind), with_kwargs=True))
     expected = _logits(loaded, ids)
     for handle in handles:

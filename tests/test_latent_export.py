@@ -141,3 +141,25 @@ def test_a_damaged_export_is_noticed(latent, tmp_path):  # noqa: F811
             verify_folder(loaded, str(out), "packed", ids)
     save_file(tensors, out / "model.safetensors")
     assert verify_folder(loaded, str(out), "packed", ids)["codes"] == 0
+
+
+def test_a_code_that_a_last_bit_moved_is_no_damage(latent, tmp_path, monkeypatch):  # noqa: F811
+    """factor cannot give every Δ: one code of a coarse grid, and with it its Linear's output, may come out otherwise."""
+    from safetensors.torch import save_file
+
+    from qzo import latent_export
+    from qzo.errors import RunFailed
+
+    loaded, ids, out = moved(latent("qwen2", 2, 32, 16)), torch.arange(1, 20)[None], tmp_path / "out"
+    write_folder(loaded, str(out), "zeroqat")
+    name, tensors = "model.layers.1.self_attn.o_proj", load_file(out / "model.safetensors")
+    fake, weight = loaded.fakes[name], tensors[f"{name}.weight"]
+    group = weight[0, :32]
+    inside = (group > group.min()) & (group < group.max())
+    weight[0, :32][inside.nonzero()[0]] = fake.step[0, 0] * (1 if packed(fake).codes[0, :32][inside][0] <= fake.zero[0, 0] else -1)
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(RunFailed, match="1 of [0-9]* codes that differ"):
+        verify_folder(loaded, str(out), "zeroqat", ids)
+    monkeypatch.setattr(latent_export, "MOVED", 1e-3)
+    checked = verify_folder(loaded, str(out), "zeroqat", ids)
+    assert checked["parts"] < 1e-4 < checked["layers"] and "codes equal but for 1 of" in checked["said"]
