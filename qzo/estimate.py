@@ -28,7 +28,7 @@ PHASES = ("load", "step", "evaluate", "snapshot", "export")
 _WORKSPACE = 96 << 20  # cuBLAS, on the streams of eager and of captured work
 _SLACK = 0.01  # of everything: what the allocator rounds up and cannot use again
 _PROBE = 32  # tokens of that sentence, at most
-_STORED, _PACKING = 2, 8  # bytes of a latent on disk, and of one being packed: S in fp32, and its quotient
+_STORED, _PACKING = 2, 12  # bytes of a latent on disk, and of one being packed: S in fp32, its quotient, its codes
 _PLAIN, _REGRID = 4, 3  # fp32 tensors like a weight: of its noise, product and rounding; of a new grid
 _HOLES = 1.25  # activations of two sizes come and go, and leave holes: measured
 

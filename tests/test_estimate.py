@@ -73,8 +73,8 @@ def test_streamed_latents_leave_the_device(size):
     assert len(host) == 40 and set(host.values()) == {2 * 4 * 5120 * 5120} and not light_13b("").host_latents()
     assert streamed.phases["step"]["latents"] == 2 * 2 * 4 * 5120 * 5120 and whole.phases["step"]["latents"] == sum(host.values())
     assert streamed.peak < 6.8e9 < sum(host.values()) + streamed.phases["step"]["codes"] < whole.peak
-    # Of the last layer what is packed, as it was read, and one matrix with its quotient in fp32; the head and the buffers come later.
-    read = (2 + 24 / 128) * (2 * 5120 * 5120 + 3 * 13824 * 5120) + 8 * 13824 * 5120
+    # Of the last layer what is packed, as it was read, and one matrix, its quotient and its codes in fp32; the head and the buffers come later.
+    read = (2 + 24 / 128) * (2 * 5120 * 5120 + 3 * 13824 * 5120) + 12 * 13824 * 5120
     later = streamed.phases["load"]["latents"] + streamed.phases["load"]["embeddings, norms, head"]
     assert streamed.phases["load"]["a layer being packed"] == read - later and whole.phases["load"]["a layer being packed"] == 0
 
