@@ -19,7 +19,7 @@ EPILOG = """exit codes: 0 done, 1 the run failed, 2 bad input, 3 out of memory,
 EXPORTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes-8bit", "bitsandbytes-4bit", "aqlm", "hf", "peft", "packed", "zeroqat")
 DISK = "Check the path, its permissions and the space on the disk, then start again; a run goes on from its journal."
 MEMORY = {
-    "quantize": "Use --device cpu, or a smaller --max-length, and add --restart; with more memory, the same command continues.",
+    "quantize": "Use --device cpu, a smaller --max-length, or no --reconstruct, and add --restart; with more memory, the same command continues.",
     "tune": "Lower micro_batch or max_length, or use device=cpu, and add --restart; with more memory, the same command continues.",
     "evaluate": "Lower --batch-size or --max-length, or use --device cpu.",
 } | dict.fromkeys(("export", "replay", "recipes", "doctor"), "Use a machine or a device with more memory.")
@@ -45,6 +45,8 @@ def _add_quantize(verbs: argparse._SubParsersAction) -> None:
     p.add_argument("--bits", type=int, choices=(2, 3, 4, 6, 8), help="6: zeroqat alone (default: 4, for int8 8)")
     p.add_argument("--activations", type=int, choices=(4, 6, 8, 16), help="bits of activations, for zeroqat (default: 16, not quantized)")
     p.add_argument("--no-compensation", action="store_true", help="zeroqat: leave the latents where the weights are, not where GPTQ would round to")
+    p.add_argument("--reconstruct", type=int, default=0, metavar="EPOCHS",
+                   help="zeroqat: then move each layer's quantizer by gradients, back-propagated through that layer (default: 0, forwards alone)")  # fmt: skip
     p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1),
                    help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64, for zeroqat with low-bit activations -1)")  # fmt: skip
     sym = p.add_mutually_exclusive_group()
@@ -74,7 +76,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     summary = quantize_model(
         args.model, args.out, args.method, args.bits, args.group_size, args.sym, args.desc_act, args.format,
-        args.calibration, args.samples, args.max_length, args.device, progress, args.restart, args.activations, not args.no_compensation,
+        args.calibration, args.samples, args.max_length, args.device, progress, args.restart, args.activations, not args.no_compensation, args.reconstruct,
     )  # fmt: skip
     if "bar" in shown:
         shown["bar"].close()

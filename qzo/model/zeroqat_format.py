@@ -22,7 +22,8 @@ BITS = (2, 3, 4, 6, 8)
 class LatentConfig(Quantization):
     """bits of a token's channels, and of q, k, v, beside those of weights; 16: none. smoothing: the layers have sites.
 
-    compensation, which a reader need not know: the latents are those of quantize/compensate.py.
+    Which a reader need not know: compensation, the latents are those of quantize/compensate.py; reconstruction, the epochs of
+    quantize/reconstruct.py, written where there were any.
     """
 
     sym: bool = False
@@ -30,6 +31,7 @@ class LatentConfig(Quantization):
     activations: int = 16
     smoothing: bool = False
     compensation: bool = False
+    reconstruction: int = 0
 
     @property
     def precision(self) -> Precision:
@@ -38,7 +40,8 @@ class LatentConfig(Quantization):
     def to_dict(self) -> dict[str, Any]:
         """config.json's quantization_config."""
         return {"quant_method": METHOD, "version": VERSION, "bits": self.bits, "group_size": self.group_size,
-                "activations": self.activations, "smoothing": self.smoothing, "compensation": self.compensation}  # fmt: skip
+                "activations": self.activations, "smoothing": self.smoothing, "compensation": self.compensation,
+                **({"reconstruction": self.reconstruction} if self.reconstruction else {})}  # fmt: skip
 
 
 def latent_config(folder: Folder) -> LatentConfig | None:
@@ -47,7 +50,9 @@ def latent_config(folder: Folder) -> LatentConfig | None:
     if found is None or found[0].get("quant_method") != METHOD:
         return None
     bits, group_size, activations, smoothing = checked(*found, VERSION)
-    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing, compensation=found[0].get("compensation") is True)
+    epochs = found[0].get("reconstruction")
+    return LatentConfig(bits, group_size, activations=activations, smoothing=smoothing, compensation=found[0].get("compensation") is True,
+                        reconstruction=epochs if type(epochs) is int else 0)  # fmt: skip
 
 
 def checked(raw: dict, where: str, version: int) -> tuple[int, int, int, bool]:

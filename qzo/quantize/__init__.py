@@ -29,7 +29,7 @@ def quantize_model(
     model: str, out: str | Path, method: str = "gptq", bits: int | None = None, group_size: int | None = None, sym: bool | None = None,
     desc_act: bool = False, format: str | None = None, calibration: str | None = None, samples: int = 128,
     max_length: int = 512, device: str = "auto", progress: Callable[[int, int, str], None] | None = None, restart: bool = False,
-    activations: int | None = None, compensation: bool = True,
+    activations: int | None = None, compensation: bool = True, reconstruct: int = 0,
 ) -> dict:  # fmt: skip
     """Quantize the Linears of a model's decoder layers and write the folder `out`; all else is copied through.
 
@@ -37,7 +37,8 @@ def quantize_model(
     context) from `calibration`; rtn, and bitsandbytes' int8, nf4 and fp4, need none. None: 4 bits, groups of 128 and the format gptq;
     for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps 16-bit weights and writes a quantizer beside them, for weights with
     a zero point per group and for `activations` of 4, 6, 8 or 16 bits (None: 16, which is none), its group_size by default -1 with
-    activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are. `progress(linears done, in all, text)` is called first and after each set
+    activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are; reconstruct: epochs of first-order reconstruction of
+    each layer's quantizer, by back-propagation through that layer. `progress(linears done, in all, text)` is called first and after each set
     of Linears. sym: None is true, and zeroqat takes no other. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
     error of the Linears' outputs on the calibration inputs (zeroqat: of the layers'), of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
@@ -57,7 +58,7 @@ def quantize_model(
     from qzo.quantize.zeroqat import LatentWalk
 
     begin = time.monotonic()
-    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length, activations, compensation)
+    config = _settings(method, bits, group_size, sym, desc_act, format, calibration, samples, max_length, activations, compensation, reconstruct)
     folder = Folder(model)
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
@@ -107,7 +108,8 @@ def _write(
         try:
             walk.run(windows, writer, report, check)
         except torch.OutOfMemoryError as error:
-            do = "Use device=cpu, or a smaller max_length" + (f", with restart. {KEPT}" if writer.layers else ".")
+            less = "a smaller max_length, or no reconstruct" if getattr(walk.config, "reconstruction", 0) else "or a smaller max_length"
+            do = f"Use device=cpu, {less}" + (f", with restart. {KEPT}" if writer.layers else ".")
             raise OutOfMemory("quantize", str(error).splitlines()[0], "", do) from error
         check()
         _copy_rest(walk.folder, walk.model, names, writer)
@@ -119,7 +121,7 @@ def _write(
 
 def _settings(
     method: str, bits: int | None, group_size: int | None, sym: bool | None, desc_act: bool, format: str | None,
-    calibration: str | None, samples: int, max_length: int, activations: int | None = None, compensation: bool = True,
+    calibration: str | None, samples: int, max_length: int, activations: int | None = None, compensation: bool = True, reconstruct: int = 0,
 ) -> "Quantization":  # fmt: skip
     from qzo.model.gptq_format import BITS, GptqConfig
 
@@ -127,12 +129,14 @@ def _settings(
     if method not in METHODS:
         raise BadInput("method", method, ", ".join(METHODS))
     if method == "zeroqat":
-        return _latent(bits, group_size, activations, compensation, sym, desc_act, format, calibration, samples, max_length)
+        return _latent(bits, group_size, activations, compensation, reconstruct, sym, desc_act, format, calibration, samples, max_length)
     if activations is not None:
         raise BadInput("activations", f"{activations} with method {method}", "method zeroqat, which has a quantizer for them",
                        "Leave it out: the recipe key activations rounds the inputs of any uniform checkpoint.")  # fmt: skip
     if not compensation:
         raise BadInput("compensation", f"false with method {method}", "method zeroqat, whose latents may be left as they are", "Leave it out.")
+    if reconstruct:
+        raise BadInput("reconstruct", f"{reconstruct} with method {method}", "method zeroqat, which has a quantizer to move", "Leave it out.")
     sym = sym is not False
     if method not in ("gptq", "rtn"):
         return _of_library(method, bits, group_size, sym, desc_act, format)
@@ -159,7 +163,7 @@ def _check_windows(samples: int, max_length: int) -> None:
 
 
 def _latent(
-    bits: int | None, group_size: int | None, activations: int | None, compensation: bool, sym: bool | None,
+    bits: int | None, group_size: int | None, activations: int | None, compensation: bool, reconstruct: int, sym: bool | None,
     desc_act: bool, format: str | None, calibration: str | None, samples: int, max_length: int,
 ) -> "Quantization":  # fmt: skip
     from qzo.quantize.compensate import BITS as COMPENSATED
@@ -173,7 +177,9 @@ def _latent(
     _check_windows(samples, max_length)
     if calibration is None:
         raise BadInput("calibration", "none", "text for method zeroqat", "Give --calibration FILE.")
-    return replace(found, compensation=compensation and found.bits in COMPENSATED)
+    if reconstruct < 0:
+        raise BadInput("reconstruct", str(reconstruct), "a number of epochs, 0 for none")
+    return replace(found, compensation=compensation and found.bits in COMPENSATED, reconstruction=reconstruct)
 
 
 def _of_library(method: str, bits: int | None, block: int | None, sym: bool, desc_act: bool, format: str | None) -> "Quantization":

@@ -1,4 +1,4 @@
-"""Initial clipping and smoothing of ZeroQAT, one decoder layer in memory at a time, by forwards alone.
+"""Initial clipping and smoothing of ZeroQAT, one decoder layer in memory at a time, by forwards alone unless `reconstruct` asks for more.
 
 One stream of calibration windows goes through the layers, that of the model quantized so far. Of a layer
 
@@ -8,12 +8,16 @@ is measured: what this layer adds, for nothing that is searched here could make 
 divides by a token's size. In this order:
 1. smoothing, site by site (only with low-bit activations): δ on or off, exponent a of the rule s = max|X - δ|^a / max|W|^(1 - a), or no scale;
 2. by sets of Linears with one input, in call order: the span of its tokens' grids (only with low-bit activations); then the clipping of their
-   weights (quantize/clipping.py), on the inputs that the quantized Linears before them produce; then, with `compensation`, latents whose
-   rounding makes up for itself (quantize/compensate.py). Each kept only where it lowers E.
+   weights (quantize/clipping.py), on the inputs that the quantized Linears before them produce;
+3. with `reconstruct`, and by no means else here, gradients: the clipping and the sites move together (quantize/reconstruct.py);
+4. with `compensation`, latents whose rounding makes up for itself (quantize/compensate.py): without 3, each set's before the next set's 2.
+
+Each kept only where it lowers E.
 
 Out comes per layer what a target moves later, `quantizer_state` of model/qat.py: {"<linear>.low", "<linear>.high": fp32 [N, G],
 "<linear>.span": fp32 [1], "sites.<site>.scale", "sites.<site>.shift": fp32}.
-The paper lets a first-order reconstruction of the block do this (OmniQuant); this project has no backward pass. It has no span either.
+The paper lets a first-order reconstruction of the block do this (OmniQuant). Here forwards alone do; 3 is that reconstruction, on top and only
+where it is asked for. The paper has no span, and no 4, either.
 """
 
 from collections.abc import Callable
@@ -32,6 +36,7 @@ from qzo.quantize.compensate import BITS as COMPENSATED
 from qzo.quantize.compensate import compensated
 from qzo.quantize.inputs import Seen, add_second_moment, decoder_layers, first_inputs, mirror_upper, run_layer
 from qzo.quantize.ranges import Ranges
+from qzo.quantize.reconstruct import reconstruct, relative_error
 
 PAPER, EXPONENTS = 0.75, (0.5, 0.65, 0.85, 1.0)
 SEARCH_TOKENS = 2048  # that all but the bounds are chosen on, in windows spread evenly
@@ -48,6 +53,11 @@ class Initialization:
     clipping: bool
     spans: bool = True  # with clipping: of activations too. The paper has none
     compensation: bool = False  # with clipping: the latents move as well. The paper has none of it either
+    reconstruct: int = 0  # with clipping: passes of first-order reconstruction before the latents move
+
+    @property
+    def compensates(self) -> bool:
+        return self.compensation and self.precision.bits in COMPENSATED
 
 
 @torch.no_grad()
@@ -117,6 +127,7 @@ class Block:
 
     def search(self, what: Initialization) -> None:
         """Prepare the layer and set its sites and bounds."""
+        wanted = [run_layer(self.layer, part.to(self.device), self.kwargs).cpu() for part in self.hidden] if what.reconstruct else []
         places = prepare_layer(self.layer, what.precision, what.smoothing)
         linears = {name: module for name, module in self.layer.named_modules() if isinstance(module, FakeQuantLinear)}
         if not what.clipping:
@@ -128,13 +139,17 @@ class Block:
             for name, place in places.items():
                 self._smooth(name, place, ranges[name])
         if what.clipping:
-            for names in self._sets(linears):
+            sets = self._sets(linears)
+            for names in sets:
                 self._clip(names, linears, what)
+            if what.reconstruct:
+                self._reconstruct(wanted, what.reconstruct)
+                for names in sets if what.compensates else []:
+                    self._compensate(names, linears, self._hessian(linears[names[0]]))
 
     def error(self) -> float:
         """E on some of the windows."""
-        lost = (run_layer(self.layer, self.some, self.kwargs).float() - self.wanted.float()).square().sum(-1)
-        return float((lost / self.wanted.float().square().sum(-1).clamp_(min=1e-30)).mean())
+        return float(relative_error(run_layer(self.layer, self.some, self.kwargs), self.wanted).mean())
 
     def _ranges(self, places: dict[str, Place]) -> dict[str, Ranges]:
         """What goes through the sites of the prepared layer while they are all at 1 and 0."""
@@ -213,12 +228,19 @@ class Block:
         def clip(linear: FakeQuantLinear) -> None:
             linear.low.data, linear.high.data = search_bounds(linear.smoothed(), linear.precision.bits, linear.precision.group_size, hessian)
 
+        self._attempt("clipping", names, linears, clip)
+        if what.compensates and not what.reconstruct:
+            self._compensate(names, linears, hessian)
+
+    def _compensate(self, names: list[str], linears: dict[str, FakeQuantLinear], hessian: Tensor) -> None:
         def compensate(linear: FakeQuantLinear) -> None:
             linear.weight.data = compensated(linear, hessian).to(self.stored).to(linear.weight.dtype)
 
-        self._attempt("clipping", names, linears, clip)
-        if what.compensation and what.precision.bits in COMPENSATED:
-            self._attempt("compensation", names, linears, compensate)
+        self._attempt("compensation", names, linears, compensate)
+
+    def _reconstruct(self, wanted: list[Tensor], epochs: int) -> None:
+        before, after, kept = reconstruct(self.layer, self.hidden, wanted, self.kwargs, self.device, epochs, self.error)
+        self.report(f"  first-order, {kept} of {epochs} epochs kept, error {before ** 0.5:.4f} -> {after ** 0.5:.4f}")
 
     def _attempt(self, what: str, names: list[str], linears: dict[str, FakeQuantLinear], change: Callable[[FakeQuantLinear], None]) -> None:
         """Change Linears of one input; change them back where the error is no lower."""

@@ -35,7 +35,7 @@ def settings_of(folder: Folder, config: Quantization, method: str, windows: torc
         "model": _identity(folder), "method": method, "bits": config.bits, "group_size": config.group_size, "sym": config.sym,
         "desc_act": config.desc_act, "format": config.version, "device": device, "dtype": dtype, "qzo version": qzo.__version__,
     }  # fmt: skip
-    settings |= {key: getattr(config, key) for key in ("activations", "smoothing", "compensation") if hasattr(config, key)}
+    settings |= {key: getattr(config, key) for key in ("activations", "smoothing", "compensation", "reconstruction") if hasattr(config, key)}
     if windows is not None:
         digest = hashlib.sha256(windows.contiguous().numpy()).hexdigest()[:16]
         settings |= {"samples": windows.shape[0], "max_length": windows.shape[1], "calibration": digest}

@@ -75,5 +75,6 @@ class LatentWalk:
             check()
             self.say(text)
 
-        what = Initialization(self.config.precision, self.config.smoothing, clipping=True, compensation=self.config.compensation)
+        config = self.config
+        what = Initialization(config.precision, config.smoothing, clipping=True, compensation=config.compensation, reconstruct=config.reconstruction)
         initialize(self.model, self.folder, windows, what, self.device, torch.float32, keep, said, done, writer.read)
