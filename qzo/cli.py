@@ -46,7 +46,7 @@ def _add_quantize(verbs: argparse._SubParsersAction) -> None:
     p.add_argument("--activations", type=int, choices=(4, 6, 8, 16), help="bits of activations, for zeroqat (default: 16, not quantized)")
     p.add_argument("--no-compensation", action="store_true", help="zeroqat: leave the latents where the weights are, not where GPTQ would round to")
     p.add_argument("--reconstruct", type=int, default=0, metavar="EPOCHS",
-                   help="zeroqat: then move each layer's quantizer by gradients, back-propagated through that layer (default: 0, forwards alone)")  # fmt: skip
+                   help="zeroqat: then move each layer's quantizer along gradients, back-propagated through that layer (default: 0, none)")  # fmt: skip
     p.add_argument("--group-size", type=int, choices=(128, 64, 32, -1),
                    help="columns per scale; -1: whole rows (default: 128, for nf4 and fp4 64, for zeroqat with low-bit activations -1)")  # fmt: skip
     sym = p.add_mutually_exclusive_group()

@@ -110,6 +110,13 @@ def test_zo_and_kernels_stand_alone():
         assert not {name.split(".")[0] for name in imports(path)} & {"qzo", "transformers", "numpy"}, name_of(path)
 
 
+def test_one_file_goes_backwards():
+    """ZeroQAT begins with a first-order reconstruction of each layer; it is optional, says so, and is the only place with gradients."""
+    calls = re.compile(r"\.backward\(|autograd|enable_grad|requires_grad_\(\)|requires_grad=True")
+    found = [name_of(path) for path in SOURCES if path.is_relative_to(ROOT / "qzo") and calls.search(path.read_text(encoding="utf-8"))]
+    assert found == ["qzo/quantize/reconstruct.py"]
+
+
 def test_kernels_folder_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "transformers would import it as the PyPI package `kernels`"
 

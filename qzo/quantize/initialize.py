@@ -9,19 +9,20 @@ divides by a token's size. In this order:
 1. smoothing, site by site (only with low-bit activations): δ on or off, exponent a of the rule s = max|X - δ|^a / max|W|^(1 - a), or no scale;
 2. by sets of Linears with one input, in call order: the span of its tokens' grids (only with low-bit activations); then the clipping of their
    weights (quantize/clipping.py), on the inputs that the quantized Linears before them produce;
-3. with `reconstruct`, and by no means else here, gradients: the clipping and the sites move together (quantize/reconstruct.py);
-4. with `compensation`, latents whose rounding makes up for itself (quantize/compensate.py): without 3, each set's before the next set's 2.
+3. with `reconstruct`: clipping and smoothing moved together along gradients (quantize/reconstruct.py);
+4. with `compensation`: latents whose rounding makes up for itself (quantize/compensate.py), of each set as soon as it is done with 2, or 3.
 
 Each kept only where it lowers E.
 
 Out comes per layer what a target moves later, `quantizer_state` of model/qat.py: {"<linear>.low", "<linear>.high": fp32 [N, G],
 "<linear>.span": fp32 [1], "sites.<site>.scale", "sites.<site>.shift": fp32}.
-The paper lets a first-order reconstruction of the block do this (OmniQuant). Here forwards alone do; 3 is that reconstruction, on top and only
-where it is asked for. The paper has no span, and no 4, either.
+The paper lets a first-order reconstruction of the block do all of it (OmniQuant). Here forwards alone do, and 3, where it is asked for, goes on
+from what they found: nothing else in this project has a backward pass. The paper has neither a span nor 4.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +240,14 @@ class Block:
         self._attempt("compensation", names, linears, compensate)
 
     def _reconstruct(self, wanted: list[Tensor], epochs: int) -> None:
-        before, after, kept = reconstruct(self.layer, self.hidden, wanted, self.kwargs, self.device, epochs, self.error)
+        done = count()
+
+        def measured() -> float:
+            found = self.error()
+            self.report(f"  first-order, epoch {next(done)} of {epochs}: error {found ** 0.5:.4f}")
+            return found
+
+        before, after, kept = reconstruct(self.layer, self.hidden, wanted, self.kwargs, self.device, epochs, measured)
         self.report(f"  first-order, {kept} of {epochs} epochs kept, error {before ** 0.5:.4f} -> {after ** 0.5:.4f}")
 
     def _attempt(self, what: str, names: list[str], linears: dict[str, FakeQuantLinear], change: Callable[[FakeQuantLinear], None]) -> None:

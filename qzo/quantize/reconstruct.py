@@ -25,7 +25,7 @@ from qzo.model.qat import FakeQuantLinear, FoldedNorm, refresh_layer
 from qzo.model.smoothing import Channels, Site
 from qzo.quantize.inputs import run_layer
 
-LR_SITES, LR_LOGITS = 5e-3, 1e-2  # OmniQuant's, of the first step; down to 0 along a cosine, which OmniQuant's do not
+LR_SITES, LR_LOGITS = 5e-3, 3e-2  # of the first step, down to 0 along a cosine; OmniQuant: 5e-3, 1e-2, without end
 EPS = 1e-15  # one of very many logits has little to do with E
 ATTENTION = "qzo_straight_through"
 
@@ -43,7 +43,7 @@ def reconstruct(
 
     hidden: inputs fp32 [windows, length, H], by parts; wanted: the outputs of the layer of 16 bits for them, alike; both anywhere. error()
     measures the layer as it is. Returns error() before, error() in the end, and the number of passes that were kept. Raises what PyTorch
-    does where memory is short: beside the layer there are about four times its weights, and the activations of one window.
+    does where memory is short: beside the layer there are three times its weights, four with smoothing, and one window's activations.
     """
     function, windows = Straight(layer), [window for part in zip(hidden, wanted, strict=True) for window in zip(*part, strict=True)]
     groups = [{"params": function.logits, "lr": LR_LOGITS}, {"params": function.moves, "lr": LR_SITES}]
@@ -114,18 +114,15 @@ class Straight:
         AttentionInterface.register(ATTENTION, _attention)
         config = self.layer.self_attn.config
         usual, config._attn_implementation = config._attn_implementation, ATTENTION
-        for linear in self._linears:
-            linear.forward = partial(self._product, linear)
-        for norm in self._norms:
-            norm.folded = partial(self._folded, norm)
+        swaps = [(linear, "forward", self._product) for linear in self._linears] + [(norm, "folded", self._folded) for norm in self._norms]
+        for module, name, function in swaps:
+            setattr(module, name, partial(function, module))
         try:
             yield
         finally:
             config._attn_implementation = usual
-            for linear in self._linears:
-                del linear.forward
-            for norm in self._norms:
-                del norm.folded
+            for module, name, _ in swaps:
+                delattr(module, name)
 
     def _scale(self, channels: Channels | None) -> Tensor | None:
         if channels is None:
@@ -170,12 +167,12 @@ def _straight(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def _on_grid(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return ((_straight(x / step) + zero).clamp(0, (1 << bits) - 1) - zero) * step
-
-
-def _step(least: Tensor, most: Tensor, bits: int) -> Tensor:
-    return ((most - least) / least.new_full((), (1 << bits) - 1)).clamp(min=FLOOR)
+def _on_range(x: Tensor, least: Tensor, most: Tensor, bits: int) -> Tensor:
+    """x̂ on the grid of a range; the three broadcast. Of a range that holds 0, z is a code without being clamped to one."""
+    top = (1 << bits) - 1
+    step = ((most - least) / least.new_full((), top)).clamp(min=FLOOR)
+    zero = _straight(-least / step)
+    return ((_straight(x / step) + zero).clamp(0, top) - zero) * step
 
 
 def _clipped(weight: Tensor, low: Tensor, high: Tensor, bits: int, group_size: int) -> Tensor:
@@ -183,9 +180,7 @@ def _clipped(weight: Tensor, low: Tensor, high: Tensor, bits: int, group_size: i
     groups = grouped(weight, group_size)
     least = groups.amin(-1).clamp(max=0) * low.double().sigmoid().float()
     most = groups.amax(-1).clamp(min=0) * high.double().sigmoid().float()
-    step = _step(least, most, bits)
-    zero = _straight(-least / step).clamp(0, (1 << bits) - 1)
-    return _on_grid(groups, step[..., None], zero[..., None], bits).flatten(-2)[:, : weight.shape[1]]
+    return _on_range(groups, least[..., None], most[..., None], bits).flatten(-2)[:, : weight.shape[1]]
 
 
 def _rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tensor:
@@ -195,8 +190,7 @@ def _rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tensor:
     least, most = x.aminmax(dim=-1, keepdim=True)
     if span is not None:
         least, most = torch.where(least < 0, least * span, least), torch.where(most > 0, most * span, most)
-    step = _step(least, most, bits)
-    return _on_grid(x, step, _straight(-least / step), bits)
+    return _on_range(x, least, most, bits)
 
 
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
