@@ -18,6 +18,7 @@ def test_rows_are_measured_kept_and_compared(tiny, calibration, tmp_path, monkey
     monkeypatch.setattr(program, "ROWS", [
         ("rtn", Initialization(low, False, False)), ("init", Initialization(low, True, True)),
         ("gptq", Initialization(low, False, False)), ("rtn", Initialization(high, False, False)),
+        ("first-order", Initialization(low, True, True, reconstruct=2)),
     ])  # fmt: skip
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     out = tmp_path / "out.json"
@@ -36,6 +37,8 @@ def test_rows_are_measured_kept_and_compared(tiny, calibration, tmp_path, monkey
     assert rows["16 bits", None]["kl"] == 0 and rows["rtn", 8]["kl"] < 1e-3 < rows["rtn", 2]["kl"]
     assert rows["rtn", 2]["loss"] == rows["rtn", 8]["loss"] == 1 and rows["init", 2]["loss"] != 1
     assert rows["init", 2]["log"] and rows["gptq", 2]["activations"] == 4 and document["dtype"] == "float32"
+    row = next(row for row in run("--methods", "first-order")["rows"] if row["method"] == "first-order")
+    assert row["reconstruct"] == 2 and any("of 2 epochs kept" in line for line in row["log"]) and row["perplexity"] > 0
     before = out.read_text()
     with pytest.raises(SystemExit, match="another setup"):
         run("--windows", "2")
