@@ -37,9 +37,9 @@ def quantize_model(
     context) from `calibration`; rtn, and bitsandbytes' int8, nf4 and fp4, need none. None: 4 bits, groups of 128 and the format gptq;
     for bitsandbytes its format and bits, and blocks of 64. zeroqat keeps 16-bit weights and writes a quantizer beside them, for weights with
     a zero point per group and for `activations` of 4, 6, 8 or 16 bits (None: 16, which is none), its group_size by default -1 with
-    activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are; reconstruct: epochs of first-order reconstruction of
-    each layer's quantizer, by back-propagation through that layer. `progress(linears done, in all, text)` is called first and after each set
-    of Linears. sym: None is true, and zeroqat takes no other. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
+    activations below 16; compensation: at 2 to 4 bits its latents are those that GPTQ would round to, false leaves them as they are;
+    reconstruct: epochs of first-order reconstruction of each layer's quantizer before that, by back-propagation through the layer.
+    `progress(linears done, in all, text)` is called first and after each set of Linears. sym: None is true, and zeroqat takes no other. Returns {linears, seconds, bytes_before, bytes_after, mean_relative_error, peak_memory}: the relative
     error of the Linears' outputs on the calibration inputs (zeroqat: of the layers'), of their weights without; bytes of the device, as memory.peak has them. Raises BadInput for what cannot be
     quantized, before any work.
 
