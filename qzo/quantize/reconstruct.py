@@ -187,7 +187,7 @@ def _rows(x: Tensor, bits: int, span: Tensor | None = None) -> Tensor:
     """x̂ of x [..., C], as `fake_quantize_rows` has it."""
     if bits == 16:
         return x
-    least, most = x.aminmax(dim=-1, keepdim=True)
+    least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # of aminmax PyTorch 2.11 has no derivative
     if span is not None:
         least, most = torch.where(least < 0, least * span, least), torch.where(most > 0, most * span, most)
     return _on_range(x, least, most, bits)
