@@ -25,7 +25,7 @@ from qzo.model.qat import FakeQuantLinear, FoldedNorm, refresh_layer
 from qzo.model.smoothing import Channels, Site
 from qzo.quantize.inputs import run_layer
 
-LR_SITES, LR_LOGITS = 5e-3, 3e-2  # at first, then down to 0 along a cosine: E falls mostly as they do. OmniQuant's: 5e-3, 1e-2, constant
+LR_SITES, LR_LOGITS = 5e-3, 1e-2  # OmniQuant's at first, then down to 0 along a cosine: E falls mostly as they do
 EPS = 1e-15  # one of very many logits has little to do with E
 ATTENTION = "qzo_straight_through"
 

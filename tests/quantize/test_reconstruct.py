@@ -133,7 +133,7 @@ def search(path: Path, what: Initialization) -> tuple[list[dict], list[float], l
     return states, errors, lines
 
 
-@pytest.mark.parametrize(("bits", "size", "activations", "smoothing", "share"), [(4, -1, 4, True, 0.8), (2, 32, 16, False, 0.8)])
+@pytest.mark.parametrize(("bits", "size", "activations", "smoothing", "share"), [(4, -1, 4, True, 0.85), (2, 32, 16, False, 0.95)])
 def test_it_moves_a_quantizer_to_a_lower_error(tmp_path, bits, size, activations, smoothing, share):
     path, ends = saved(tmp_path / "model", "llama", 2, True), []
     for _ in range(2):
@@ -143,8 +143,8 @@ def test_it_moves_a_quantizer_to_a_lower_error(tmp_path, bits, size, activations
         def error() -> float:
             return float(relative_error(run_layer(layer, hidden, kwargs), wanted).mean())
 
-        before, after, kept = reconstruct.reconstruct(layer, [*hidden.split(10)], [*wanted.split(10)], kwargs, CPU, 4, error)
-        assert after == error() < share * before and 0 < kept <= 4, (before, after, kept)
+        before, after, kept = reconstruct.reconstruct(layer, [*hidden.split(10)], [*wanted.split(10)], kwargs, CPU, 5, error)
+        assert after == error() < share * before and 0 < kept <= 5, (before, after, kept)
         assert len(weights) == 9 and all(torch.equal(layer.get_parameter(name), value) for name, value in weights.items())
         ends.append(layer.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])  # the same again
@@ -152,9 +152,9 @@ def test_it_moves_a_quantizer_to_a_lower_error(tmp_path, bits, size, activations
 
 def test_it_improves_on_the_search_and_weights_stay(tiny):
     settings = Precision(2, 32, 16), False, True, False
-    (_, without, _), (states, found, lines) = (search(tiny("llama"), Initialization(*settings, reconstruct=epochs)) for epochs in (0, 6))
-    assert found[0] < 0.97 * without[0], (found, without)  # of the first layer, whose inputs are the same
-    assert sum("first-order, " in line and "of 6 epochs kept, error" in line for line in lines) == 2
+    (_, without, _), (states, found, lines) = (search(tiny("llama"), Initialization(*settings, reconstruct=epochs)) for epochs in (0, 12))
+    assert found[0] < 0.98 * without[0], (found, without)  # of the first layer, whose inputs are the same
+    assert sum("first-order, " in line and "of 12 epochs kept, error" in line for line in lines) == 2
     stored = load_file(tiny("llama") / "model.safetensors")
     weights = {f"model.layers.{i}.{name}": value for i, state in enumerate(states) for name, value in state.items() if name.endswith(".weight")}
     assert len(weights) == 14 and all(torch.equal(value, stored[name].float()) for name, value in weights.items())
