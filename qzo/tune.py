@@ -260,7 +260,7 @@ class Tuner:
 
     def _steps(self, journal: Journal, metrics: Metrics, stop: StopSignals, progress: Progress) -> None:
         recipe, evaluated = self.recipe, {m["after"] for m in read_metrics(self.folder.metrics) if "evaluation" in m}
-        self.skipped = _skipped_tail(journal.records)
+        self.skipped, most = _skipped_tail(journal.records), min(MAX_SKIPPED, recipe.steps)
         metrics.listeners += [Steps(progress, recipe.log_every, recipe.steps, self.counts.tokens), Still(recipe.direction)]
         while (done := self.optimizer.steps) < recipe.steps:
             if done % (recipe.eval_every or recipe.steps) == 0 and done not in evaluated:
@@ -270,11 +270,11 @@ class Tuner:
             done += 1
             rest = any(done % every == 0 for every in (recipe.save_every, recipe.eval_every or recipe.steps, recipe.steps))
             settled = self.settle(journal, metrics, 0 if rest else self.late)
-            if settled and self.skipped >= MAX_SKIPPED:
+            if settled and self.skipped >= most:
                 self.settle(journal, metrics)
                 self.snapshot(journal)
-                raise RunFailed(str(self.folder.path), f"{MAX_SKIPPED} steps in a row without a finite loss", "finite losses",
-                                "Lower lr or eps, or use dtype=fp32; then --restart.")  # fmt: skip
+                said = f"{most} steps in a row without a finite loss"
+                raise RunFailed(str(self.folder.path), said, "finite losses", "Lower lr or eps, or use dtype=fp32; then --restart.")
             if done % recipe.save_every == 0 and done < recipe.steps:
                 self.snapshot(journal)
             stop.check()

@@ -143,6 +143,14 @@ def test_a_run_that_diverges_stops_a_step_later(tuner, monkeypatch):
         assert len(read_journal(run.folder.journal)[1]) == newest_snapshot(run.folder.path)[0] == done
 
 
+def test_a_short_run_without_a_finite_loss_fails(tuner, monkeypatch):
+    monkeypatch.setattr("qzo.tune.per_example_loss", not_a_number)
+    run = tuner(steps=3)
+    with pytest.raises(RunFailed, match="3 steps in a row without a finite loss"):
+        run.run()
+    assert len(read_journal(run.folder.journal)[1]) == 3
+
+
 def test_a_run_that_recovers_goes_on(tuner, monkeypatch):
     """Ten skipped steps at the end of a journal and a finite one after them."""
     with monkeypatch.context() as patch:
