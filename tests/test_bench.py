@@ -299,10 +299,12 @@ def test_bench_memory_compares_streamed_rows_with_the_same_step():
     bench = script("bench_memory")
     same = {"model": "m", "bits": 2, "size": "1x64"}
     rows = [same | {"keys": " ".join(bench.STREAMED), "ms_per_step": 200.0, "bus_gb": 16.0, "back_gb": 8.0}, same | {"keys": "stacked=true", "ms_per_step": 20.0},
-            same | {"keys": " ".join(bench.LIGHT), "ms_per_step": 100.0}]  # fmt: skip
+            same | {"keys": " ".join(bench.LIGHT), "ms_per_step": 100.0}, same | {"keys": "stacked=true offload=codes", "ms_per_step": 200.0, "bus_gb": 9.5}]  # fmt: skip
     bench.streamed(rows, 50.0)
-    assert rows[0]["bus_gb_s"] == 80.0 and rows[0]["copy_ms"] == 160.0 and rows[0]["compute_ms"] == 100.0
-    assert rows[0]["hidden"] == pytest.approx(60 / 160) and "copy_ms" not in rows[2]
+    assert rows[0]["bus_gb_s"] == 80.0 and rows[0]["compute_ms"] == 100.0
+    assert not {"copy_ms", "hidden"} & rows[0].keys(), "both ways at once the bus has another bandwidth"
+    assert rows[3]["copy_ms"] == 190.0 and rows[3]["compute_ms"] == 20.0 and rows[3]["hidden"] == pytest.approx(10 / 190)
+    assert "copy_ms" not in rows[2]
 
 
 def test_a_plan_says_what_crosses_the_bus():
