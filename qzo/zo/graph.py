@@ -1,8 +1,10 @@
 """Whole steps as CUDA graphs: one launch by the host for all forwards of a step, its estimate and its update."""
 
 import dataclasses
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,7 +77,7 @@ class Graphs:
         static = [dataclasses.replace(b, **{name: t.clone() for name, t in _fields(b)}) for b in batches]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with _without_collector(), torch.cuda.graph(graph, pool=self._pool):
                 self._eager(static)
                 self.rest()
         except RuntimeError as error:
@@ -84,6 +86,18 @@ class Graphs:
                 raise error.__context__ from None
             raise
         return Captured(graph, static)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """The garbage of an earlier run stays until later: freeing page-locked memory waits for the device, which ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _fields(batch: Any) -> list[tuple[str, Tensor]]:

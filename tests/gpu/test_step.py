@@ -1,5 +1,7 @@
 """A step on a CUDA device: the same bits launched one by one, as a captured graph, and after a resume; and nobody waits for it."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -153,6 +155,32 @@ def test_micro_batches_are_part_of_one_graph(loaded, batches, fresh):
         outcomes.append(losses)
         assert len(graphs.captured) == int(capture)
     assert outcomes[0] == outcomes[1]
+
+
+class Garbage:
+    """Not reachable and in a cycle; what is called when it goes waits for the device, as to unlock an earlier run's host memory does."""
+
+    def __init__(self, gone):
+        self.itself = self
+        weakref.finalize(self, lambda: (torch.cuda.synchronize(), gone.append(True)))
+
+
+def test_garbage_of_before_does_not_end_a_capture(loaded, batches, fresh, monkeypatch):
+    gone, eager = [], module.Graphs._eager
+
+    def with_garbage(graphs, given):
+        eager(graphs, given)
+        if torch.cuda.is_current_stream_capturing():
+            Garbage(gone)
+            [[] for _ in range(5000)]  # more objects than the collector begins after
+
+    monkeypatch.setattr(module.Graphs, "_eager", with_garbage)
+    graphs = graphs_of(loaded)
+    for _ in range(3):
+        graphs.step([batches[0].to(DEVICE)])
+    assert len(graphs.captured) == 1 and gc.isenabled()
+    gc.collect()
+    assert gone == [True]
 
 
 def test_replays_take_no_more_memory(loaded, batches, fresh):
