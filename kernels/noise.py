@@ -29,8 +29,9 @@ def sign(w0, w1, w2, w3, j):
     """f32 [R, C] of ±1: bit j [C] (0 … 127, int32) of the four words [R] of each row's Philox call."""
     low = tl.where((j < 32)[None, :], w0[:, None], w1[:, None])
     high = tl.where((j < 96)[None, :], w2[:, None], w3[:, None])
-    bit = (tl.where((j < 64)[None, :], low, high) >> (j % 32).to(tl.uint32)[None, :]) & 1
-    return bit.to(tl.float32) * 2 - 1
+    word = tl.where((j < 64)[None, :], low, high)
+    bit = (word << (31 - j % 32).to(tl.uint32)[None, :]) & 0x80000000
+    return (bit ^ 0xBF800000).to(tl.float32, bitcast=True)  # -1, its sign flipped
 
 
 @triton.jit

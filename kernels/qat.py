@@ -11,12 +11,12 @@ from torch import Tensor
 
 from qzo_kernels import noise
 from qzo_kernels.reference_qat import LatentNoise, Realized
-from qzo_kernels.rounding import rint
 
 _WIDTH = 128  # columns of a tile, at most: one Philox call of Rademacher noise per row
-# Elements of a tile and warps, by the size of the weight from which they are taken: small weights need many programs. By the registers
-# of the compiled code (48 to 86 per thread with a forward of eight elements), not by time.
-_TILES = {1 << 21: (2048, 8), 1 << 19: (1024, 4), 0: (512, 4)}
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # whose fma rounds twice
+# Elements of a tile and warps, by the size of the weight from which they are taken: small weights need many programs. Of the tiles timed
+# for large ones (8 or 16 elements per thread, 2 to 16 warps) the fastest of all three kernels.
+_TILES = {1 << 19: (1024, 2), 0: (512, 2)}
 
 
 @triton.jit
@@ -65,20 +65,33 @@ def _direction(unit, seed, step, direction, uid, row, first, K, GAUSSIAN: tl.con
 
 
 @triton.jit
-def _smoothed(w, s_in, s_out, S_IN: tl.constexpr, S_OUT: tl.constexpr):
-    if S_IN:
-        w = w * s_in
-    if S_OUT:
-        w = tl.div_rn(w, s_out)
-    return w
+def _quotient(w, d, inverse):
+    """w / d as IEEE division rounds it, from the rounded 1 / d that many w share: two corrections by an exact remainder (Markstein 1990).
+
+    Below 2⁻¹⁰⁰ a remainder may not be exact; there the code does not depend on it.
+    """
+    if _INTERPRETED:
+        q = tl.div_rn(w, d)
+    else:
+        first = w * inverse
+        q = tl.fma(tl.fma(-first, d, w), inverse, first)
+        q = tl.fma(tl.fma(-q, d, w), inverse, q)
+        q = tl.where(tl.abs(first) == float("inf"), first, q)
+    return q
 
 
 @triton.jit
-def _code(w, step, zero, TOP: tl.constexpr):
-    """The code in f32; not tl.minimum and tl.maximum, which would turn a NaN into a code."""
-    code = rint(tl.div_rn(w, step)) + zero
-    code = tl.where(code < 0.0, 0.0, code)
-    return tl.where(code > TOP, TOP * 1.0, code)
+def _steps(w, grid, inverses, TOP: tl.constexpr, S_IN: tl.constexpr, S_OUT: tl.constexpr):
+    """Code less zero, f32, of a latent w: cut off before it is rounded, to whole numbers, which comes to the same."""
+    step, zero, s_in, s_out = grid
+    if S_IN:
+        w = w * s_in
+    if S_OUT:
+        w = _quotient(w, s_out, inverses[1])
+    q = _quotient(w, step, inverses[0])
+    q = tl.maximum(q, -zero, propagate_nan=tl.PropagateNan.ALL)
+    q = tl.minimum(q, TOP - zero, propagate_nan=tl.PropagateNan.ALL)
+    return (q + 12582912.0) - 12582912.0  # 1.5 · 2²³: the sum's last bit is worth 1
 
 
 @triton.jit
@@ -98,6 +111,13 @@ def _grid(
     return step, zero, s_in, s_out
 
 
+@triton.jit
+def _inverted(grid):
+    """(1 / step, 1 / s_out): apart, since it waits for the loads of the grid."""
+    one = tl.full((1, 1), 1.0, tl.float32)
+    return tl.div_rn(one, grid[0]), tl.div_rn(one, grid[3])
+
+
 @triton.jit(do_not_specialize=["uid", "variants"])
 def _effective_kernel(
     p_out, p_weight, p_step, p_zero, p_s_in, p_s_out, p_states, p_eps, p_rows, p_cols, N, K, groups, variants, uid,
@@ -106,25 +126,25 @@ def _effective_kernel(
 ):  # fmt: skip
     row, first, col, offsets, mask = _place(N, K, ROWS, WIDTH)
     w = tl.load(p_weight + offsets, mask=mask, other=0).to(tl.float32)
-    step, zero, s_in, s_out = _grid(p_step, p_zero, p_s_in, p_s_out, row, first, col, N, K, groups, GROUP, ONE, S_IN, S_OUT)
+    grid = _grid(p_step, p_zero, p_s_in, p_s_out, row, first, col, N, K, groups, GROUP, ONE, S_IN, S_OUT)
     p_out += offsets
     if NOISE:
         unit = _unit(p_rows, p_cols, row, first, col, N, K, groups, GROUP, ONE, BY_ROW, BY_COL)
-        moved = tl.zeros((ROWS, WIDTH), tl.float32)
+        seed, at, direction = tl.load(p_states), tl.load(p_states + 1), tl.load(p_states + 2)
+        moved = _direction(unit, seed, at, direction, uid, row, first, K, GAUSSIAN, ROWS, WIDTH)
+        inverses = _inverted(grid)
         for v in range(variants):
             p_state = p_states + v * 3
+            before = seed, at, direction
             seed, at, direction = tl.load(p_state), tl.load(p_state + 1), tl.load(p_state + 2)
-            before = p_states + tl.maximum(v - 1, 0) * 3
-            again = (seed == tl.load(before)) & (at == tl.load(before + 1)) & (direction == tl.load(before + 2)) & (v > 0)
             # Both signs of a direction stand side by side: its noise is made once.
-            if again == 0:
+            if (seed != before[0]) | (at != before[1]) | (direction != before[2]):
                 moved = _direction(unit, seed, at, direction, uid, row, first, K, GAUSSIAN, ROWS, WIDTH)
-            seen = _smoothed(w + moved * tl.load(p_eps + v), s_in, s_out, S_IN, S_OUT)
-            seen = (_code(seen, step, zero, TOP) - zero) * step
+            seen = _steps(w + moved * tl.load(p_eps + v), grid, inverses, TOP, S_IN, S_OUT) * grid[0]
             tl.store(p_out, seen.to(p_out.dtype.element_ty), mask=mask)
             p_out += tl.cast(N, tl.int64) * K
     else:
-        seen = (_code(_smoothed(w, s_in, s_out, S_IN, S_OUT), step, zero, TOP) - zero) * step
+        seen = _steps(w, grid, _inverted(grid), TOP, S_IN, S_OUT) * grid[0]
         tl.store(p_out, seen.to(p_out.dtype.element_ty), mask=mask)
 
 
@@ -138,20 +158,21 @@ def _update_kernel(
     w = tl.load(p_weight + offsets, mask=mask, other=0)
     unit = _unit(p_rows, p_cols, row, first, col, N, K, groups, GROUP, ONE, BY_ROW, BY_COL)
     if REALIZED:
-        step, zero, s_in, s_out = _grid(p_step, p_zero, p_s_in, p_s_out, row, first, col, N, K, groups, GROUP, ONE, S_IN, S_OUT)
+        grid = _grid(p_step, p_zero, p_s_in, p_s_out, row, first, col, N, K, groups, GROUP, ONE, S_IN, S_OUT)
+        inverses = _inverted(grid)
     seed, at = tl.load(p_state), tl.load(p_state + 1)
-    for s in range(steps):
-        total = tl.zeros((ROWS, WIDTH), tl.float32)
-        for direction in range(directions):
-            c = tl.load(p_coefs + s * directions + direction)
-            if c != 0.0:
-                moved = _direction(unit, seed, at + s, direction, uid, row, first, K, GAUSSIAN, ROWS, WIDTH)
-                if REALIZED:
-                    plus = _code(_smoothed(w + moved * eps, s_in, s_out, S_IN, S_OUT), step, zero, TOP)
-                    minus = _code(_smoothed(w - moved * eps, s_in, s_out, S_IN, S_OUT), step, zero, TOP)
-                    moved = unit * tl.div_rn(plus - minus, eps * 2)
-                total += moved * c
-        w -= total
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    # One loop: in the inner of two, a thread would hold eight rows of noise instead of two, and draw the words of each.
+    for i in range(steps * directions):
+        direction = i % directions
+        c = tl.load(p_coefs + i)
+        moved = _direction(unit, seed, at + i // directions, direction, uid, row, first, K, GAUSSIAN, ROWS, WIDTH)
+        if REALIZED:
+            plus = _steps(w + moved * eps, grid, inverses, TOP, S_IN, S_OUT)
+            minus = _steps(w - moved * eps, grid, inverses, TOP, S_IN, S_OUT)
+            moved = unit * tl.div_rn(plus - minus, eps * 2)
+        total = tl.where(direction == 0, 0.0, total) + tl.where(c != 0.0, moved * c, 0.0)
+        w = tl.where(direction == directions - 1, w - total, w)
     tl.store(p_weight + offsets, w, mask=mask)
 
 

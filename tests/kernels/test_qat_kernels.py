@@ -95,16 +95,32 @@ def test_every_tile(poison, monkeypatch, size, warps):
 def test_sizes_choose_tiles():
     """Hundreds of programs for a small weight, large tiles for a large one."""
     small, large = (kernels._geometry(torch.empty(*shape, device="meta"), 128) for shape in ((512, 512), (5120, 5120)))
-    assert small[0] == 512 and small[1]["ROWS"] == 4 and large[0] == 12800 and large[1]["ROWS"] == 16
+    assert small[0] == 512 and small[1]["ROWS"] == 4 and large[0] == 25600 and large[1]["ROWS"] == 8
     assert kernels._geometry(torch.empty(3, 5, device="meta"), -1)[1]["WIDTH"] == 8
+
+
+@pytest.mark.parametrize("smoothed", EITHER)
+def test_quotients_at_and_next_to_ties(smoothed):
+    """Weights at the middle between two codes, and up to two last bits from it, on 128 grids: the code that IEEE division gives."""
+    generator = torch.Generator().manual_seed(5)
+    count = 1 << (15 if DEVICE == "cuda" else 8)
+    step = (torch.rand(128, 1, generator=generator) * 4 - 20).exp2().to(DEVICE)
+    s_out = (torch.rand(128, generator=generator) * 4 - 2).exp2().to(DEVICE) if smoothed else None
+    weight = (torch.randint(-9, 10, (128, count), generator=generator).to(DEVICE) + 0.5) * step
+    weight = weight if s_out is None else weight * s_out[:, None]
+    bits = torch.randint(-2, 3, weight.shape, generator=generator, dtype=torch.int32).to(DEVICE)
+    weight = (weight.view(torch.int32) + bits).view(torch.float32)
+    tail = (step, torch.full_like(step, 8), 4, -1, torch.float32, None, s_out)
+    assert torch.equal(kernels.launch_effective_weight(weight, *tail), effective_weight(weight, *tail))
 
 
 def test_ties_far_values_and_broken_numbers():
     """Halves go to even, a weight far beyond the grid ends at its edge, a NaN stays one."""
-    weight = torch.tensor([[0.5, 1.5, -2.5, 3.5, 1e30, -1e30, 8388609.0, float("nan"), -0.0]], device=DEVICE)
+    inf = float("inf")
+    weight = torch.tensor([[0.5, 1.5, -2.5, 3.5, 1e30, -1e30, 8388609.0, float("nan"), -0.0, inf, -inf]], device=DEVICE)
     step, zero = torch.ones(1, 1, device=DEVICE), torch.full((1, 1), 8.0, device=DEVICE)
     seen = kernels.launch_effective_weight(weight, step, zero, 4, -1, torch.float32)[0, 0]
-    assert seen[:7].tolist() == [0, 2, -2, 4, 7, -8, 7] and bool(seen[7].isnan()) and seen[8] == 0
+    assert seen[:7].tolist() == [0, 2, -2, 4, 7, -8, 7] and bool(seen[7].isnan()) and seen[8:].tolist() == [0, 7, -8]
 
 
 # steps, directions
