@@ -70,6 +70,8 @@ def _of_zeroqat(values: dict[str, Any]) -> list[Problem]:
         problems.append(("offload", "latents with latent_layers: []", "none or embeddings: no weight moves"))
     if layers == [] and "quantizer" in values and not parts:
         problems.append(("latent_layers", "[] without quantizer", "null or names of layers, or parts of the quantizer: nothing would move"))
+    if "quantizer" in values and not parts and values.get("quantizer_lr") is not None:
+        problems.append(("quantizer_lr", f"{values['quantizer_lr']} without quantizer", "null, or parts of the quantizer: none moves"))
     if values.get("direction") == "realized":
         for key, fits, expected in (("eps_mode", mode in (None, "relative_step"), "relative_step"), ("quantizer", not parts, "[]"),
                                     ("directions", values.get("directions", 1) == 1, "1"), ("latent_layers", layers != [], "layers")):  # fmt: skip

@@ -135,6 +135,7 @@ OTHERS = {
     "absolute": ({"direction": "realized", "eps_mode": "absolute"}, "eps_mode: given \"absolute\" with direction: realized"),
     "moving grid": ({"direction": "realized", "quantizer": '["clipping"]', "quantizer_lr": 0.1}, "quantizer: given [\"clipping\"] with direction: realized"),
     "unknown part": ({"quantizer": '["clip"]', "quantizer_lr": 0.1}, "quantizer: given \"clip\", expected some of clipping, step"),
+    "rate of nothing": ({"quantizer_lr": 0.1}, "quantizer_lr: given 0.1 without quantizer, expected null"),
     "no rate": ({"quantizer": '["clipping"]'}, "quantizer_lr: given nothing"),
     "stacked": ({"quantizer": '["clipping"]', "quantizer_lr": 0.1, "stacked": True}, "stacked: given true with a quantizer that moves"),
     "packed": ({"quantizer": '["clipping"]', "quantizer_lr": 0.1, "latent_layers": '["q_proj"]'}, "packed layers have none"),

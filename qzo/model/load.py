@@ -198,6 +198,8 @@ def swap_quantized(
             # Some packers write a bias of zeros for layers that have none.
             if module.bias is not None or bool(stored.any()):
                 bias = stored.to(device, dtype, copy=True)
+        elif module.bias is not None:
+            raise BadInput(f"{folder.path}, {name}.bias", "no such tensor", f"[{rows}]: config.json gives the layer a bias")
         layer = QuantLinear(name, tensors, config.bits, config.group(cols), cols, bias, scratch)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

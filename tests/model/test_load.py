@@ -68,6 +68,16 @@ def test_gptq_folder(tiny, quantized, family):
     torch.testing.assert_close(logits(loaded.model), logits(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_that_is_missing_is_named(quantized, tmp_path):
+    folder = shutil.copytree(quantized("qwen2"), tmp_path / "4")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("k_proj.bias"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=f"{name}: no such tensor; expected .*config.json gives the layer a bias"):
+        load_model(str(folder), "cpu", "fp32")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_not_quantized_equals_transformers(tiny, quantized, family):
     """Embeddings, norms, the head, and the rotary frequencies that no file holds."""
