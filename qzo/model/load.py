@@ -192,9 +192,7 @@ def swap_quantized(
             tensors.codes = tensors.codes.cpu()
         bias = None
         if f"{name}.bias" in folder:
-            stored = folder.read(f"{name}.bias")
-            if tuple(stored.shape) != (rows,):
-                raise BadInput(f"{folder.path}, {name}.bias", f"shape {list(stored.shape)}", f"[{rows}]")
+            stored = _read(folder, f"{name}.bias", torch.Size([rows]))
             # Some packers write a bias of zeros for layers that have none.
             if module.bias is not None or bool(stored.any()):
                 bias = stored.to(device, dtype, copy=True)

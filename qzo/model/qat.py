@@ -149,11 +149,13 @@ class FakeQuantLinear(nn.Module):
         bits, size = self.precision.bits, self.precision.group_size
         return effective_weight(self.latent(), self.step, self.zero, bits, size, dtype, *self.scales(), noise)
 
+    def arrived(self, x: Tensor) -> Tensor:
+        """The input [..., K], shifted and scaled here if nobody did."""
+        return ((x - self.before.shift()) / self.before.scale()).to(x.dtype) if self.own else x
+
     def received(self, x: Tensor) -> Tensor:
-        """The input [..., K] as the product sees it: shifted and scaled here if nobody did, and quantized."""
-        if self.own:
-            x = ((x - self.before.shift()) / self.before.scale()).to(x.dtype)
-        return fake_quantize_rows(x, self.precision.activations, self.span)
+        """The input [..., K] as the product sees it: `arrived`, and quantized."""
+        return fake_quantize_rows(self.arrived(x), self.precision.activations, self.span)
 
     def forward(self, x: Tensor) -> Tensor:
         self.latent()  # a streamed one may change as it arrives, and the offset with it

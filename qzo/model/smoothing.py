@@ -50,13 +50,13 @@ class Channels:
 
     def scale(self) -> Tensor:
         """fp32 [C]."""
-        scale = self.site.scale.data.reciprocal() if self.inverse else self.site.scale.data
+        scale = self.site.scale.reciprocal() if self.inverse else self.site.scale
         return scale if self.index is None else scale[self.index]
 
     def shift(self) -> Tensor | None:
         """fp32 [C]."""
         shift = self.site.shift
-        return shift if shift is None or self.index is None else shift.data[self.index]
+        return shift if shift is None or self.index is None else shift[self.index]
 
 
 @dataclass(frozen=True)

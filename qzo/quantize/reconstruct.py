@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from qzo_kernels.reference_qat import FLOOR, grouped, smoothed
+from qzo_kernels.reference_qat import FLOOR, grouped
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qzo.model.qat import FakeQuantLinear, FoldedNorm, refresh_layer
-from qzo.model.smoothing import Channels, Site
+from qzo.model.qat import FakeQuantLinear, load_quantizer_state, quantizer_state
 from qzo.quantize.inputs import run_layer
 
 LR_SITES, LR_LOGITS = 5e-3, 1e-2  # OmniQuant's at first, then down to 0 along a cosine: E falls mostly as they do
@@ -78,34 +78,30 @@ class Straight:
     """
 
     def __init__(self, layer: nn.Module):
-        self.layer, modules = layer, list(layer.modules())
-        self._linears = [module for module in modules if isinstance(module, FakeQuantLinear)]
-        self._norms = [module for module in modules if isinstance(module, FoldedNorm)]
-        self._bounds = {m: (_leaf(m.low), _leaf(m.high)) for m in self._linears if m.low is not None}
-        # Per site: s before the first step, t, δ.
-        self._sites = {m: (m.scale.detach().clone(), _leaf(torch.zeros_like(m.scale)), None if m.shift is None else _leaf(m.shift))
-                       for m in modules if isinstance(m, Site)}  # fmt: skip
-        self.logits = [bound for bounds in self._bounds.values() for bound in bounds]
-        self.moves = [leaf for _, *pair in self._sites.values() for leaf in pair if leaf is not None]
-        self._seen: dict[Site, tuple[Tensor, Tensor | None]] = {}
+        self.layer, state = layer, quantizer_state(layer)
+        kinds = {name: name.rpartition(".")[2] for name in state}
+        self._bounds = {name: _leaf(state[name]) for name, kind in kinds.items() if kind in ("low", "high")}
+        self._shifts = {name: _leaf(state[name]) for name, kind in kinds.items() if kind == "shift"}
+        # s before the first step, and t.
+        self._scales = {name: (state[name].clone(), _leaf(torch.zeros_like(state[name]))) for name, kind in kinds.items() if kind == "scale"}
+        self.logits = [*self._bounds.values()]
+        self.moves = [*(t for _, t in self._scales.values()), *self._shifts.values()]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The layer's parameters as the leaves have them, by name."""
+        return self._bounds | self._shifts | {name: first * t.exp() for name, (first, t) in self._scales.items()}
 
     @torch.no_grad()
     def store(self) -> None:
         """Write the leaves into the layer."""
-        for linear, bounds in self._bounds.items():
-            linear.low.data, linear.high.data = (bound.detach().clone() for bound in bounds)
-        for site, (first, t, shift) in self._sites.items():
-            site.scale.data.copy_(first * t.exp())
-            if shift is not None:
-                site.shift.data.copy_(shift)
-        refresh_layer(self.layer)
+        load_quantizer_state(self.layer, quantizer_state(self.layer) | self._tensors())
 
     def __call__(self, x: Tensor, kwargs: dict) -> Tensor:
         """The output for x, both fp32 [B, length, H]."""
-        self._seen = {site: (first * t.exp(), shift) for site, (first, t, shift) in self._sites.items()}
+        tensors = self._tensors()
         # On a GPU other backward passes of attention sum in any order: a resumed search would end elsewhere.
         with self._swapped(), sdpa_kernel(SDPBackend.MATH) if x.is_cuda else nullcontext():
-            return run_layer(self.layer, x, kwargs)
+            return run_layer(lambda *given, **named: functional_call(self.layer, tensors, given, named), x, kwargs)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -114,48 +110,23 @@ class Straight:
         AttentionInterface.register(ATTENTION, _attention)
         config = self.layer.self_attn.config
         usual, config._attn_implementation = config._attn_implementation, ATTENTION
-        swaps = [(linear, "forward", self._product) for linear in self._linears] + [(norm, "folded", self._folded) for norm in self._norms]
-        for module, name, function in swaps:
-            setattr(module, name, partial(function, module))
+        linears = [module for module in self.layer.modules() if isinstance(module, FakeQuantLinear)]
+        for linear in linears:
+            linear.forward = partial(_product, linear)
         try:
             yield
         finally:
             config._attn_implementation = usual
-            for module, name, _ in swaps:
-                delattr(module, name)
+            for linear in linears:
+                del linear.forward
 
-    def _scale(self, channels: Channels | None) -> Tensor | None:
-        if channels is None:
-            return None
-        scale = self._seen[channels.site][0]
-        scale = scale.reciprocal() if channels.inverse else scale
-        return scale if channels.index is None else scale[channels.index]
 
-    def _shift(self, channels: Channels | None) -> Tensor | None:
-        shift = None if channels is None else self._seen[channels.site][1]
-        return shift if shift is None or channels.index is None else shift[channels.index]
-
-    def _product(self, linear: FakeQuantLinear, x: Tensor) -> Tensor:
-        """y of the head of model/qat.py."""
-        s_in, s_out, d_in, d_out = (of(channels) for of in (self._scale, self._shift) for channels in (linear.before, linear.after))
-        offset = linear.bias
-        if d_in is not None:
-            offset = linear.weight @ d_in if offset is None else offset + linear.weight @ d_in
-        if d_out is not None:
-            offset = -d_out if offset is None else offset - d_out
-        if s_out is not None and offset is not None:
-            offset = offset / s_out
-        weight, bits = smoothed(linear.weight, s_in, s_out), linear.precision.bits
-        if linear in self._bounds:
-            weight = _clipped(weight, *self._bounds[linear], bits, linear.precision.group_size)
-        x = (x - d_in) / s_in if linear.own else x
-        return functional.linear(_rows(x, linear.precision.activations, linear.span), weight, offset)
-
-    def _folded(self, norm: FoldedNorm) -> tuple[Tensor, Tensor | None]:
-        scale, shift, bias = self._scale(norm.after), self._shift(norm.after), norm.bias
-        if shift is not None:
-            bias = -shift if bias is None else bias - shift
-        return norm.weight / scale, None if bias is None else bias / scale
+def _product(linear: FakeQuantLinear, x: Tensor) -> Tensor:
+    """y of the head of model/qat.py."""
+    weight, precision = linear.smoothed(), linear.precision
+    if linear.low is not None:
+        weight = _clipped(weight, linear.low, linear.high, precision.bits, precision.group_size)
+    return functional.linear(_rows(linear.arrived(x), precision.activations, linear.span), weight, linear.shifted())
 
 
 def _leaf(tensor: Tensor) -> Tensor:
